@@ -1,0 +1,165 @@
+"""The walk from pictures to K/V: image encoder, image projection, layer projections; and the same for uncond.
+
+Nothing here runs during sampling. A :data:`Runner` decides where and in which precision a module computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import IPAdapterModel
+from .clip_vision import CLIPVision
+from .errors import IPAdapterError
+from .injection import ImageKV
+from .pictures import clip_preprocess
+from .recognise import AdapterKind, recognise_adapter
+from .tensorfile import open_tensors
+
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """Runs something with a module on the compute device, under the host's memory rules."""
+
+    def __call__(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
+        """Calls ``function(device, dtype)`` while ``module`` lies there in that dtype; takes it away afterwards."""
+
+
+def run_here(module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
+    """The runner without a host: half precision on a GPU where there is one, float32 on the CPU."""
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.float16 if cuda else torch.float32
+    module.to(device=device, dtype=dtype)
+    with torch.no_grad():
+        return function(device, dtype)
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter file, read."""
+
+    path: Path
+    kind: AdapterKind
+    model: IPAdapterModel
+
+
+def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
+    """Reads an adapter file into host memory.
+
+    Raises:
+        IPAdapterError: if the file can't be read or is no image-prompt adapter.
+    """
+    file = open_tensors(path)
+    kind = recognise_adapter(file.tensors)
+    groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    prefixes = {kind.image_proj_prefix: "image_proj", kind.ip_adapter_prefix: "ip_adapter"}
+    wanted = [key for key in file.tensors if key.startswith(tuple(prefixes))]
+    for key, tensor in file.read(wanted).items():
+        prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+        groups[prefixes[prefix]][key.removeprefix(prefix)] = tensor
+    try:
+        model = IPAdapterModel(
+            groups,
+            plus=kind.variant == "plus",
+            cross_attention_dim=kind.context_width,
+            clip_embeddings_dim=kind.embedding_width,
+            clip_extra_context_tokens=kind.tokens,
+            sdxl_plus=kind.variant == "plus" and kind.family == "sdxl",
+        )
+    except RuntimeError as error:  # what load_state_dict raises; its text lists every key on lines of their own
+        reason = " ".join(str(error).split())
+        raise IPAdapterError(
+            f"{file.path.name} looks like {kind.description}, but its image projection doesn't load ({reason[:300]}): "
+            "download the file again."
+        ) from error
+    return LoadedAdapter(file.path, kind, model)
+
+
+def encode(run: Runner, encoder: CLIPVision, output: str, pixels: Tensor) -> Tensor:
+    """What the encoder says of pictures, in float32 in host memory.
+
+    Args:
+        output: ``image_embeds`` (result ``[B, projection]``) or ``penultimate`` (``[B, tokens, width]``).
+        pixels: normalised, ``[B, 3, S, S]``.
+    """
+    return run(
+        encoder, lambda device, dtype: getattr(encoder(pixels.to(device=device, dtype=dtype)), output).float().cpu()
+    )
+
+
+def image_kv(run: Runner, adapter: IPAdapterModel, features: Tensor) -> list[Tensor]:
+    """``features`` of B pictures to ``[K_0, V_0, K_1, …]``, ``[B, T, layer width]`` each, on the compute device."""
+
+    def project(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        tokens = adapter.image_proj_model(features.to(device=device, dtype=dtype))
+        return list(adapter.ip_layers(tokens))
+
+    return run(adapter, project)
+
+
+def token_kv(run: Runner, adapter: IPAdapterModel, tokens: Tensor) -> list[Tensor]:
+    """Ready image tokens ``[1, T, context width]`` to K/V, as a negative file has them."""
+    return run(adapter, lambda device, dtype: list(adapter.ip_layers(tokens.to(device=device, dtype=dtype))))
+
+
+UNCOND_BY_VARIANT: Mapping[str, str] = {"base": "zero embeds", "plus": "zero pixels", "full-face": "zero pixels"}
+"""What ``auto`` means: what each adapter was trained with (arXiv 2308.06721 and its public code)."""
+
+
+def resolve_uncond(source: str, variant: str) -> str:
+    """The uncond source that ``auto`` means for an adapter variant, or the one named."""
+    return UNCOND_BY_VARIANT[variant] if source == "auto" else source
+
+
+def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVision) -> Tensor:
+    """The features that stand for no picture, one row; see :data:`UNCOND_BY_VARIANT` and ``units``.
+
+    Args:
+        source: ``zero embeds``, ``zero pixels`` (zeros after normalisation, a mean grey) or ``black picture``.
+    """
+    size = encoder.kind.image_size
+    if source == "zero embeds":
+        patches = (size // encoder.kind.patch) ** 2 + 1
+        return torch.zeros((1, kind.embedding_width) if kind.output == "image_embeds" else (1, patches, kind.embedding_width))
+    if source == "zero pixels":
+        return encode(run, encoder, kind.output, torch.zeros(1, 3, size, size))
+    if source == "black picture":
+        return encode(run, encoder, kind.output, clip_preprocess(torch.zeros(1, size, size, 3), size))
+    raise IPAdapterError(
+        f"The uncond source is {source!r}; it can be auto, zero pixels, zero embeds, black picture, none or file."
+    )
+
+
+NEGATIVE_KEY = "data"
+
+
+def load_negative(path: str | os.PathLike[str], context_width: int) -> Tensor:
+    """The image tokens ``[1, T, context width]`` of a negative file (one tensor named ``data``).
+
+    Raises:
+        IPAdapterError: if the file isn't one, or is made for another context width.
+    """
+    file = open_tensors(path)
+    info = file.tensors.get(NEGATIVE_KEY)
+    if info is None or len(info.shape) != 3 or info.shape[0] != 1 or info.shape[1] < 1:
+        raise IPAdapterError(
+            f"{file.path.name} is no negative file: it must hold one tensor named 'data' of shape [1, tokens, width]."
+        )
+    if info.shape[2] != context_width:
+        raise IPAdapterError(
+            f"The negative file {file.path.name} has image tokens {info.shape[2]} wide and the adapter takes "
+            f"{context_width}: use it with an adapter of that width, or choose another uncond source."
+        )
+    return file.read([NEGATIVE_KEY])[NEGATIVE_KEY]
+
+
+def single(kv: Sequence[Tensor], row: int = 0) -> ImageKV:
+    """One picture's K/V out of a batch's."""
+    return ImageKV.from_pairs([t[row : row + 1] for t in kv])

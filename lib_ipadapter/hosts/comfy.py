@@ -1,0 +1,317 @@
+"""Forge and its relatives: hosts whose UNet has ``patches_replace``, on ``backend.*`` or on ``ldm_patched.*``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attn2 import CurrentPlan, ExtraOptions, Replacement, make_replacement
+from ..errors import IPAdapterError
+from ..injection import Attention, Injection
+from ..layers import LAYOUTS, LayerKey, first_in_forward_order
+from ..progress import SigmaSchedule
+from ..rows import COND, UNCOND, Call, roles_of_rows
+from .base import UNetInfo
+from .folders import adapter_folders, encoder_folders
+
+T = TypeVar("T")
+
+# Function attribute by which our replacements are known again: what stood in the layer before.
+REPLACES = "image_prompt_replaces"
+
+
+class ComfyHost:
+    """One class for both name spaces; they differ in module names only.
+
+    Args:
+        namespace: ``backend`` or ``ldm_patched``.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.name = {"backend": "Forge", "ldm_patched": "Forge (ldm_patched)"}[namespace]
+        self._namespace = namespace
+        self._text_tokens: Mapping[int, int] | None = None
+
+    # Files and memory
+
+    def adapter_folders(self) -> Sequence[Path]:
+        """See :class:`.base.Host`."""
+        return adapter_folders()
+
+    def encoder_folders(self) -> Sequence[Path]:
+        """See :class:`.base.Host`."""
+        return encoder_folders()
+
+    @property
+    def _memory(self) -> Any:
+        names = {"backend": "backend.memory_management", "ldm_patched": "ldm_patched.modules.model_management"}
+        return import_module(names[self._namespace])
+
+    @property
+    def attention(self) -> Attention:
+        """The host's own attention."""
+        if self._namespace == "backend":
+            return import_module("backend.attention").attention_function  # type: ignore[no-any-return]
+        return import_module("ldm_patched.ldm.modules.attention").optimized_attention  # type: ignore[no-any-return]
+
+    def run(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
+        """See :class:`.base.Host`. The host frees what room is needed; nothing of ours is left for it to manage."""
+        memory = self._memory
+        device = torch.device(memory.get_torch_device())
+        dtype = torch.float16 if memory.should_use_fp16(device) else torch.float32
+        size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
+        # The host may be in inference mode here, whose tensors couldn't be kept for later generations.
+        with torch.inference_mode(False), torch.no_grad():
+            if device.type != "cpu":
+                memory.free_memory(size * 1.2 + WORKING_MEMORY, device)
+            module.to(device=device, dtype=dtype)
+            try:
+                return function(device, dtype)
+            finally:
+                if device.type != "cpu":
+                    module.to("cpu")
+                    memory.soft_empty_cache()
+
+    # The UNet
+
+    def unet_info(self, p: Any) -> UNetInfo:
+        """See :class:`.base.Host`."""
+        return _unet_info(_unet(p))
+
+    def attach(self, p: Any, injection: Injection) -> None:
+        """See :class:`.base.Host`. The host resets the UNet's options before every pass, so this is called in each."""
+        unet = _unet(p).clone()
+        info = _unet_info(unet)
+        injection.to(info.device, info.dtype)
+        current = CurrentPlan(
+            injection, lambda extra_options: extra_options["sigmas"], self._reader(unet), first_in_forward_order(info.keys)
+        )
+        there = _replacements(unet)
+        for layer, key in enumerate(info.keys):
+            previous = _not_ours(there.get(tuple(key)) or there.get(tuple(key)[:2]))
+            unet.set_model_attn2_replace(_chained(layer, current, self.attention, previous), *key)
+        p.sd_model.forge_objects.unet = unet
+
+    def detach(self, p: Any) -> None:
+        """See :class:`.base.Host`."""
+        objects = getattr(getattr(p, "sd_model", None), "forge_objects", None)
+        unet = getattr(objects, "unet", None)
+        if objects is None or unet is None:
+            return
+        there = _replacements(unet)
+        if not any(_is_ours(each) for each in there.values()):
+            return
+        unet = unet.clone()
+        options = unet.model_options["transformer_options"] = dict(unet.model_options["transformer_options"])
+        replace = options["patches_replace"] = dict(options["patches_replace"])
+        kept = {key: _not_ours(each) for key, each in there.items()}
+        replace["attn2"] = {key: each for key, each in kept.items() if each is not None}
+        objects.unet = unet
+
+    def check(self, p: Any, injection: Injection, identity: object) -> bool:
+        """See :class:`.base.Host`."""
+        unet = _unet(p)
+        if unet.model.diffusion_model is not identity:
+            return False
+        there = _replacements(unet)
+        overwritten = any(not _is_ours(there.get(tuple(key))) for key in _unet_info(unet).keys)
+        shadowed = any(
+            len(key) == 2 and not _is_ours(each) and not _chains(there, key, each) for key, each in there.items()
+        )
+        if overwritten or shadowed:
+            self.attach(p, injection)
+        return True
+
+    def text_tokens(self, params: Any) -> Mapping[int, int]:
+        """See :class:`.base.Host`."""
+        texts = {COND: params.text_cond, UNCOND: params.text_uncond}
+        self._text_tokens = {role: _tokens(text) for role, text in texts.items() if text is not None}
+        return self._text_tokens
+
+    def _reader(self, unet: Any) -> Callable[[Any, ExtraOptions, Tensor], Call]:
+        model = unet.model
+        schedule = SigmaSchedule((getattr(model, "predictor", None) or model.model_sampling).sigmas.tolist())
+
+        def read(sigmas: Tensor, extra_options: ExtraOptions, q: Tensor) -> Call:
+            roles = roles_of_rows(
+                extra_options["cond_or_uncond"], sigmas.shape[0], q.shape[0], int(extra_options["original_shape"][0])
+            )
+            return Call(roles, schedule.progress(float(sigmas[0])), self._text_tokens)
+
+        return read
+
+    # The job
+
+    def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
+        """See :class:`.base.Host`. Wraps this sampler object's methods; a second call replaces the first."""
+        for name in SAMPLE_METHODS:
+            method = getattr(p.sampler, name, None)
+            if method is None:
+                continue
+            original = getattr(method, "image_prompt_original", method)
+
+            def sample(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+                result = _original(*args, **kwargs)
+                state = import_module("modules.shared").state
+                if not (state.interrupted or state.skipped):
+                    after()
+                return result
+
+            sample.image_prompt_original = original  # type: ignore[attr-defined]
+            setattr(p.sampler, name, sample)
+
+    def fail(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`.
+
+        Whatever a script raises in a hook is swallowed by the host. ``p.init``, called right after the hook
+        ``process``, and the sampler's methods are not wrapped, so these raise in its place.
+        """
+
+        def raiser(*args: Any, **kwargs: Any) -> None:
+            raise IPAdapterError(message)
+
+        if self._namespace != "backend" and not getattr(p, "is_api", False):
+            # These hosts' page loses an exception's text but shows comments.
+            self.comment(p, message)
+            if getattr(p, "sampler", None) is None:
+                import_module("modules.shared").state.interrupted = True
+                p.do_not_save_grid = True
+                return
+        p.init = raiser
+        for name in SAMPLE_METHODS:
+            if getattr(p, "sampler", None) is not None:
+                setattr(p.sampler, name, raiser)
+
+    def fail_in_sampling(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`."""
+
+        def raiser(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
+            raise IPAdapterError(message)
+
+        setattr(raiser, REPLACES, lambda: None)
+        unet = _unet(p).clone()
+        for key, _ in _cross_attention(unet.model.diffusion_model):
+            unet.set_model_attn2_replace(raiser, *key)
+        p.sd_model.forge_objects.unet = unet
+        self.comment(p, message)
+
+    def comment(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`."""
+        p.comment(message)
+
+
+WORKING_MEMORY = 256 * 2**20
+"""Room in bytes for what the image encoder computes for a few pictures."""
+
+SAMPLE_METHODS = ("sample", "sample_img2img")
+
+
+def _unet(p: Any) -> Any:
+    unet = getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
+    if unet is None:
+        raise IPAdapterError("No checkpoint is loaded: choose a Stable Diffusion 1.x, 2.x or SDXL checkpoint.")
+    return unet
+
+
+def _unet_info(unet: Any) -> UNetInfo:
+    diffusion_model = unet.model.diffusion_model
+    found = dict(_cross_attention(diffusion_model))
+    keys = LAYOUTS.get(len(found), ())
+    if not keys or set(keys) != set(found):
+        raise IPAdapterError(
+            f"The loaded checkpoint has {len(found)} cross-attention layers; IP-Adapter works with those of Stable "
+            f"Diffusion 1.x and 2.x (16) and SDXL (70): choose such a checkpoint."
+        )
+    for key, attn2 in found.items():
+        if not hasattr(attn2, "to_k"):
+            raise IPAdapterError(
+                f"Another extension has put a {type(attn2).__name__} in place of the cross-attention layer "
+                f"{' '.join(map(str, key))}: switch it off, or IP-Adapter."
+            )
+    projections = [found[key].to_k for key in keys]
+    dtype = getattr(unet.model, "computation_dtype", None) or getattr(unet.model, "manual_cast_dtype", None)
+    return UNetInfo(
+        identity=diffusion_model,
+        keys=keys,
+        widths=tuple(int(to_k.out_features) for to_k in projections),
+        context_width=int(projections[0].in_features),
+        device=torch.device(unet.load_device),
+        dtype=dtype or unet.model.get_dtype(),
+    )
+
+
+def _cross_attention(diffusion_model: nn.Module) -> Iterator[tuple[LayerKey, nn.Module]]:
+    """Every ``attn2`` of an ldm or sgm UNet with the key it has in ``patches_replace``."""
+    places = [
+        *(("input", i, block) for i, block in enumerate(getattr(diffusion_model, "input_blocks", ()))),
+        *(("output", i, block) for i, block in enumerate(getattr(diffusion_model, "output_blocks", ()))),
+        ("middle", 0, getattr(diffusion_model, "middle_block", ())),
+    ]
+    for name, number, block in places:
+        for child in block:
+            for depth, transformer_block in enumerate(getattr(child, "transformer_blocks", ())):
+                if getattr(transformer_block, "attn2", None) is not None:
+                    yield LayerKey(name, number, depth), transformer_block.attn2
+
+
+def _replacements(unet: Any) -> Mapping[tuple[Any, ...], Any]:
+    options = unet.model_options.get("transformer_options", {})
+    return options.get("patches_replace", {}).get("attn2", {})  # type: ignore[no-any-return]
+
+
+def _is_ours(replacement: Any) -> bool:
+    return hasattr(replacement, REPLACES)
+
+
+def _not_ours(replacement: Any) -> Any:
+    """What stands in a layer without us."""
+    while _is_ours(replacement):
+        replacement = getattr(replacement, REPLACES)()
+    return replacement
+
+
+def _chains(there: Mapping[tuple[Any, ...], Any], key: tuple[Any, ...], replacement: Any) -> bool:
+    """Whether our replacements of this block call the one that stands at its shorter key."""
+    return all(
+        getattr(each, REPLACES)() is replacement for other, each in there.items() if other[:2] == key and _is_ours(each)
+    )
+
+
+def _chained(layer: int, current: CurrentPlan, attention: Attention, previous: Replacement | None) -> Replacement:
+    """Our replacement for a layer, marked so that it is known again, and open to Forge's built-in adapter.
+
+    The built-in calls ``set_new_condition`` on whatever it finds in a layer where it wants to add itself.
+    """
+    chain: list[Any] = [previous]
+
+    def call_previous(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
+        return chain[0](q, k, v, extra_options)  # type: ignore[no-any-return]
+
+    with_previous = make_replacement(layer, current, attention, call_previous)
+    alone = make_replacement(layer, current, attention, None)
+
+    def replacement(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
+        return (alone if chain[0] is None else with_previous)(q, k, v, extra_options)
+
+    def set_new_condition(*args: Any, **kwargs: Any) -> None:
+        if hasattr(chain[0], "set_new_condition"):
+            chain[0].set_new_condition(*args, **kwargs)
+        else:
+            built_in = sys.modules.get("lib_ipadapter.IPAdapterPlus")
+            if chain[0] is None and built_in is not None:
+                chain[0] = built_in.CrossAttentionPatch(*args, **kwargs)
+
+    setattr(replacement, REPLACES, lambda: chain[0])
+    replacement.set_new_condition = set_new_condition  # type: ignore[attr-defined]
+    return replacement
+
+
+def _tokens(text: Any) -> int:
+    """Text tokens of a batch of conds; SDXL's are dictionaries."""
+    return int((text["crossattn"] if isinstance(text, dict) else text).shape[1])

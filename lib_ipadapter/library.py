@@ -1,0 +1,126 @@
+"""Which adapters, image encoders and negatives there are on disk. Names mean nothing here; headers decide."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from .encoding import NEGATIVE_KEY
+from .errors import IPAdapterError
+from .recognise import AdapterKind, EncoderKind, encoder_needed, recognise_adapter, recognise_encoder
+from .tensorfile import TensorInfo, open_tensors
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+Kind = TypeVar("Kind")
+Tensors = Mapping[str, TensorInfo]
+
+
+class Library:
+    """The model files in a host's folders, each header read once for every change of the file.
+
+    Args:
+        adapter_folders, encoder_folders: called for every listing, so that settings may change; folders that don't
+            exist are passed over.
+    """
+
+    def __init__(
+        self, adapter_folders: Callable[[], Iterable[Path]], encoder_folders: Callable[[], Iterable[Path]]
+    ) -> None:
+        self._adapter_folders = adapter_folders
+        self._encoder_folders = encoder_folders
+        self._known: dict[tuple[str, str, int, int], object] = {}
+
+    def adapters(self) -> dict[str, AdapterKind]:
+        """Every adapter by the name that units use: its path inside its folder, with forward slashes."""
+        return {name: kind for name, path in self._files(self._adapter_folders()) if (kind := self._adapter(path))}
+
+    def negatives(self) -> list[str]:
+        """Names of the negative files in the adapter folders."""
+        return [name for name, path in self._files(self._adapter_folders()) if self._negative(path)]
+
+    def encoders(self) -> dict[str, EncoderKind]:
+        """Every image encoder by name."""
+        return {name: kind for name, path in self._files(self._encoder_folders()) if (kind := self._encoder(path))}
+
+    def adapter_path(self, name: str) -> Path:
+        """Where the adapter of this name is.
+
+        Raises:
+            IPAdapterError: if there is no such file. What the file holds is for whoever loads it to say.
+        """
+        return self._find(name, "IP-Adapter model", self._adapter_folders(), self.adapters)
+
+    def negative_path(self, name: str) -> Path:
+        """Where the negative file of this name is; raises as :meth:`adapter_path`."""
+        return self._find(name, "negative file", self._adapter_folders(), self.negatives)
+
+    def encoder_for(self, kind: AdapterKind) -> Path:
+        """The first image encoder on disk that an adapter of this kind takes.
+
+        Raises:
+            IPAdapterError: if there is none; the sentence says which one to get and where to put it.
+        """
+        needed = encoder_needed(kind)
+        folders = list(self._encoder_folders())
+        for _, path in self._files(folders):
+            found = self._encoder(path)
+            if found and found.name == needed:
+                return path
+        raise IPAdapterError(
+            f"The adapter ({kind.description}) needs the image encoder {needed}, and none of it is in "
+            f"{_names(folders)}: put the encoder's file in one of these folders."
+        )
+
+    def _find(
+        self, name: str, what: str, folders: Iterable[Path], listed: Callable[[], Iterable[str]]
+    ) -> Path:
+        folders = list(folders)
+        files = dict(self._files(folders))
+        for candidate, path in files.items():
+            if name in (candidate, candidate.rpartition(".")[0]):
+                return path
+        choices = list(listed())
+        near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or choices[:3]
+        hint = f"choose one of those there, such as {', '.join(near)}" if near else "put one there"
+        raise IPAdapterError(f"There is no {what} {name!r} in {_names(folders)}: {hint}.")
+
+    def _files(self, folders: Iterable[Path]) -> list[tuple[str, Path]]:
+        found: dict[str, Path] = {}
+        for folder in folders:
+            for parent, subfolders, names in os.walk(folder, followlinks=True):
+                subfolders.sort(key=str.lower)
+                for name in sorted(names, key=str.lower):
+                    if name.lower().endswith(SUFFIXES):
+                        path = Path(parent, name)
+                        found.setdefault(path.relative_to(folder).as_posix(), path)
+        return list(found.items())
+
+    def _adapter(self, path: Path) -> AdapterKind | None:
+        return self._recognised("adapter", path, recognise_adapter)
+
+    def _encoder(self, path: Path) -> EncoderKind | None:
+        return self._recognised("encoder", path, recognise_encoder)
+
+    def _negative(self, path: Path) -> bool:
+        return bool(self._recognised("negative", path, lambda tensors: list(tensors) == [NEGATIVE_KEY]))
+
+    def _recognised(self, what: str, path: Path, recognise: Callable[[Tensors], Kind]) -> Kind | None:
+        try:
+            stat = path.stat()
+            key = (what, str(path), stat.st_size, stat.st_mtime_ns)
+            if key not in self._known:
+                self._known[key] = recognise(open_tensors(path).tensors)
+            return self._known[key]  # type: ignore[return-value]
+        except OSError:
+            return None
+        except IPAdapterError:
+            self._known[key] = None
+            return None
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return ", ".join(folder.as_posix() for folder in folders) or "any known folder"

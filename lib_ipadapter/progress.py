@@ -1,0 +1,71 @@
+"""How far along the noise schedule a UNet call is, and in which calls a unit acts.
+
+Progress is p = 1 - t / 999, t the timestep on the model's 1000-step training schedule: 0 is pure noise, 1 a finished
+picture. Every UNet call has one, also the second call of a second-order sampler's step.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+LAST_TIMESTEP = 999
+
+# Sigmas travel through float32, so a timestep comes back with an error of about 1e-5; a threshold that coincides with
+# a call's progress must not be missed by that.
+_SLACK = 1e-6
+
+
+def progress_of_timestep(timestep: float) -> float:
+    """Progress 0…1 of a training timestep 999…0 (clamped)."""
+    return min(1.0, max(0.0, 1.0 - timestep / LAST_TIMESTEP))
+
+
+class SigmaSchedule:
+    """The model's training schedule, to turn a sigma into progress without touching a device.
+
+    Args:
+        sigmas: one sigma for each timestep 0…999, ascending.
+    """
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self._log_sigmas = [math.log(max(sigma, 1e-12)) for sigma in sigmas]
+
+    def progress(self, sigma: float) -> float:
+        """Progress of ``sigma``; between two timesteps, linear in log sigma, as k-diffusion has it."""
+        logs = self._log_sigmas
+        log_sigma = math.log(max(sigma, 1e-12))
+        high = min(max(bisect_left(logs, log_sigma), 1), len(logs) - 1)
+        span = logs[high] - logs[high - 1]
+        timestep = high - 1 + (log_sigma - logs[high - 1]) / span if span > 0 else float(high)
+        return progress_of_timestep(timestep * LAST_TIMESTEP / (len(logs) - 1))
+
+
+@lru_cache(maxsize=1)
+def scaled_linear_schedule() -> SigmaSchedule:
+    """The schedule that SD1.x, SD2.x and SDXL were trained with: beta from 0.00085 to 0.012, linear in its root."""
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)
+    alpha, sigmas = 1.0, []
+    for step in range(LAST_TIMESTEP + 1):
+        alpha *= 1.0 - (first + (last - first) * step / LAST_TIMESTEP) ** 2
+        sigmas.append(math.sqrt((1.0 - alpha) / alpha))
+    return SigmaSchedule(sigmas)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of the noise schedule in which a unit acts: start <= p < stop.
+
+    Start 0 has no lower end and stop 1 no upper end, so that the defaults mean every call: the last call of
+    k-diffusion's samplers has p = 1 and the first may lie above the training schedule.
+    """
+
+    start: float = 0.0
+    stop: float = 1.0
+
+    def contains(self, progress: float) -> bool:
+        """Whether a UNet call at ``progress`` lies in the window."""
+        return (self.start <= 0 or progress >= self.start - _SLACK) and (self.stop >= 1 or progress < self.stop - _SLACK)
