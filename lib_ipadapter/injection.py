@@ -134,18 +134,24 @@ class _Group:
         """These rows of a whole batch."""
         return t if self.index is None else t[self.index]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Text ``k``, ``v`` of these rows, ``[R, M, C]``, with the image tokens of each row behind them."""
-        k, v = k[:, : self.text_tokens], v[:, : self.text_tokens]
-        keys = [_concat([k[run.first : run.last], *run.keys(layer)], 1) for run in self.runs]
-        values = [_concat([v[run.first : run.last], *run.values(layer)], 1) for run in self.runs]
-        return _concat(keys, 0), _concat(values, 0)
+    def keys(self, layer: int, text: Tensor) -> Tensor:
+        """Text keys of these rows, ``[R, M, C]``, with each row's image keys behind them."""
+        return self._behind(text, [run.keys(layer) for run in self.runs])
+
+    def values(self, layer: int, text: Tensor) -> Tensor:
+        """The same for values."""
+        return self._behind(text, [run.values(layer) for run in self.runs])
 
     def image_only(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Each row's image tokens alone, ``[R, T, C]``."""
+        """Each row's image keys and values alone, ``[R, T, C]``."""
         keys = [_concat(run.keys(layer), 1) for run in self.runs]
         values = [_concat(run.values(layer), 1) for run in self.runs]
         return _concat(keys, 0), _concat(values, 0)
+
+    def _behind(self, text: Tensor, images: list[list[Tensor]]) -> Tensor:
+        text = text[:, : self.text_tokens]
+        parts = zip(self.runs, images, strict=True)
+        return _concat([_concat([text[run.first : run.last], *image], 1) for run, image in parts], 0)
 
 
 def _group(
@@ -198,12 +204,12 @@ class Plan:
         base = replaced or attention
         if not self.joined:
             out = base(q, k, v, heads)
-        elif len(self.joined) == 1:
-            out = base(q, *self.joined[0].extend(layer, k, v), heads)
+        elif self.uniform:
+            out = base(q, self.joined[0].keys(layer, k), self.joined[0].values(layer, v), heads)
         elif replaced is None:
             out = torch.empty_like(q)
             for group in self.joined:
-                keys, values = group.extend(layer, group.pick(k), group.pick(v))
+                keys, values = group.keys(layer, group.pick(k)), group.values(layer, group.pick(v))
                 out[group.index] = attention(group.pick(q), keys, values, heads)
         else:
             raise IPAdapterError(
@@ -211,14 +217,50 @@ class Plan:
                 "number of text or image tokens: choose the formulation decoupled, or a prompt and a negative prompt "
                 "of the same number of 75-token chunks."
             )
+        return self.add(layer, q, out, heads)
+
+    @property
+    def uniform(self) -> bool:
+        """All rows get equally many tokens, so that text and image tokens can stand in one tensor."""
+        return len(self.joined) == 1
+
+    def add(self, layer: int, q: Tensor, out: Tensor, heads: int) -> Tensor:
+        """``out``, the layer's output before ``to_out``, with what the decoupled units add."""
         for group in self.added:
             addition = scaled_dot_product(group.pick(q), *group.image_only(layer), heads)
-            if group.index is None:
-                out = out + addition
-            else:
-                out = out.clone()
-                out[group.index] += addition
+            out = out + addition if group.index is None else _changed(out, group.index, out[group.index] + addition)
         return out
+
+    def gate(self, layer: int, q: Tensor, k: Tensor, out: Tensor, heads: int) -> Tensor:
+        """What one softmax over text and image gives, from the output ``out`` of the text's alone.
+
+        For hosts that let nobody between ``q, k, v`` and the output. With lse the log-sum-exp of a query's scaled
+        logits, one softmax over both is ``(1 - g) out + g out_image``, ``g = sigmoid(lse_image - lse_text)``. The text's
+        logits are computed a second time.
+        """
+        for group in self.joined:
+            if not any(run.images for run in group.runs):
+                continue
+            rows, keys_values = group.pick(out), group.image_only(layer)
+            image = scaled_dot_product(group.pick(q), *keys_values, heads)
+            text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
+            share = torch.sigmoid(_log_sum_exp(group.pick(q), keys_values[0], heads) - text_lse)
+            share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
+            joined = rows + share * (image - rows)
+            out = joined if group.index is None else _changed(out, group.index, joined)
+        return out
+
+
+def _changed(whole: Tensor, index: slice | Tensor, part: Tensor) -> Tensor:
+    whole = whole.clone()
+    whole[index] = part
+    return whole
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Of each query's scaled logits, in float32: ``[B, N, heads]``."""
+    q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
+    return torch.logsumexp(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).transpose(1, 2)
 
 
 MAX_PLANS = 64

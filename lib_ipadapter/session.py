@@ -6,6 +6,7 @@ host's processing object, so that a job inside a job (a face detailer's, say) ha
 
 from __future__ import annotations
 
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -183,10 +184,12 @@ class Session:
         if run is None or run.injection is None:
             return
         try:
-            self._host.text_tokens(params)
             if not self._host.check(p, run.injection, run.identity):
                 self.attach(p)
-        except IPAdapterError as error:
+            self._host.on_step(params)
+        except Exception as error:  # the host swallows what a callback raises, and would go on without the unit
+            if not isinstance(error, IPAdapterError):
+                traceback.print_exc()
             self._host.fail_in_sampling(p, str(error))
 
     def end(self, p: Any) -> None:

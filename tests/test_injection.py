@@ -257,3 +257,13 @@ def test_any_arrangement_of_rows(roles: list[int], lengths: tuple[int, int], com
     call = Call(tuple(roles), 0.5, {COND: real[COND], UNCOND: real[UNCOND]})
     out = plan_for(Injection(terms, LAYERS), call, seen).attend(1, q, k, v, HEADS, scaled_dot_product, None)
     assert_close(out, expected(terms, tuple(roles), q, ks, vs, 1))
+
+
+@pytest.mark.parametrize("combination", ["joint", "joint, three pictures", "joint, no uncond", "joint, uneven"])
+@pytest.mark.parametrize("roles", ROLES)
+def test_the_gate_gives_what_one_softmax_gives(combination: str, roles: tuple[int, ...]) -> None:
+    terms = [term(*spec) for spec in COMBINATIONS[combination]]
+    plan = plan_for(Injection(terms, LAYERS), Call(roles, 0.5), 7)
+    q, k, v = text(len(roles), 7)
+    out = plan.gate(1, q, k, scaled_dot_product(q, k, v, HEADS), HEADS)
+    assert_close(out, expected(terms, roles, q, list(k), list(v), 1))

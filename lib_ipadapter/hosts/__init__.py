@@ -7,8 +7,8 @@ from importlib import import_module
 from ..errors import IPAdapterError
 from .base import Host
 
-# A host is told by a module only it has. AUTOMATIC1111 has its row here once its module hooks exist.
-_COMFY_STYLE = ("backend.patcher.base", "ldm_patched.modules.model_patcher")
+# A host is told by a module that only it has, most specific first.
+_NAMESPACES = ("backend.patcher.base", "ldm_patched.modules.model_patcher", "modules.sd_hijack")
 
 
 def detect() -> Host:
@@ -17,14 +17,18 @@ def detect() -> Host:
     Raises:
         IPAdapterError: if it is none that is supported.
     """
-    for name in _COMFY_STYLE:
+    for name in _NAMESPACES:
         try:
             import_module(name)
         except ImportError:
             continue
+        if name.startswith("modules."):
+            from .a1111 import A1111Host
+
+            return A1111Host()
         from .comfy import ComfyHost
 
         return ComfyHost(name.partition(".")[0])
     raise IPAdapterError(
-        "IP-Adapter doesn't know this WebUI; it runs in Stable Diffusion WebUI Forge and its relatives."
+        "IP-Adapter doesn't know this WebUI; it runs in AUTOMATIC1111's Stable Diffusion WebUI, Forge and its relatives."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -66,8 +66,8 @@ class Host(Protocol):
             Whether the UNet is still the one of :attr:`UNetInfo.identity`; if not, nothing is attached.
         """
 
-    def text_tokens(self, params: Any) -> Mapping[int, int]:
-        """From the parameters of the host's denoiser callback: text tokens that each role really has."""
+    def on_step(self, params: Any) -> None:
+        """Takes from the host's denoiser callback what the step's UNet calls will need."""
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """Calls ``after`` when the coming pass has run to its end; what ``after`` raises ends the job."""

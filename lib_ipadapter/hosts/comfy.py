@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..attn2 import CurrentPlan, ExtraOptions, Replacement, make_replacement
 from ..errors import IPAdapterError
 from ..injection import Attention, Injection
-from ..layers import LAYOUTS, LayerKey, first_in_forward_order
+from ..layers import first_in_forward_order
 from ..progress import SigmaSchedule
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from .base import UNetInfo
 from .folders import adapter_folders, encoder_folders
+from .job import fail, wrap_sampler
+from .unet import cross_attention, describe
 
 T = TypeVar("T")
 
@@ -128,11 +130,10 @@ class ComfyHost:
             self.attach(p, injection)
         return True
 
-    def text_tokens(self, params: Any) -> Mapping[int, int]:
-        """See :class:`.base.Host`."""
+    def on_step(self, params: Any) -> None:
+        """See :class:`.base.Host`. These hosts repeat the shorter of two prompts; here is how long each really is."""
         texts = {COND: params.text_cond, UNCOND: params.text_uncond}
         self._text_tokens = {role: _tokens(text) for role, text in texts.items() if text is not None}
-        return self._text_tokens
 
     def _reader(self, unet: Any) -> Callable[[Any, ExtraOptions, Tensor], Call]:
         model = unet.model
@@ -149,44 +150,18 @@ class ComfyHost:
     # The job
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
-        """See :class:`.base.Host`. Wraps this sampler object's methods; a second call replaces the first."""
-        for name in SAMPLE_METHODS:
-            method = getattr(p.sampler, name, None)
-            if method is None:
-                continue
-            original = getattr(method, "image_prompt_original", method)
-
-            def sample(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-                result = _original(*args, **kwargs)
-                state = import_module("modules.shared").state
-                if not (state.interrupted or state.skipped):
-                    after()
-                return result
-
-            sample.image_prompt_original = original  # type: ignore[attr-defined]
-            setattr(p.sampler, name, sample)
+        """See :class:`.base.Host`."""
+        wrap_sampler(p, after)
 
     def fail(self, p: Any, message: str) -> None:
-        """See :class:`.base.Host`.
-
-        Whatever a script raises in a hook is swallowed by the host. ``p.init``, called right after the hook
-        ``process``, and the sampler's methods are not wrapped, so these raise in its place.
-        """
-
-        def raiser(*args: Any, **kwargs: Any) -> None:
-            raise IPAdapterError(message)
-
+        """See :class:`.base.Host`. The page of hosts on ``ldm_patched`` loses an exception's text but shows comments."""
         if self._namespace != "backend" and not getattr(p, "is_api", False):
-            # These hosts' page loses an exception's text but shows comments.
             self.comment(p, message)
             if getattr(p, "sampler", None) is None:
                 import_module("modules.shared").state.interrupted = True
                 p.do_not_save_grid = True
                 return
-        p.init = raiser
-        for name in SAMPLE_METHODS:
-            if getattr(p, "sampler", None) is not None:
-                setattr(p.sampler, name, raiser)
+        fail(p, message)
 
     def fail_in_sampling(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
@@ -196,7 +171,7 @@ class ComfyHost:
 
         setattr(raiser, REPLACES, lambda: None)
         unet = _unet(p).clone()
-        for key, _ in _cross_attention(unet.model.diffusion_model):
+        for key, _ in cross_attention(unet.model.diffusion_model):
             unet.set_model_attn2_replace(raiser, *key)
         p.sd_model.forge_objects.unet = unet
         self.comment(p, message)
@@ -209,8 +184,6 @@ class ComfyHost:
 WORKING_MEMORY = 256 * 2**20
 """Room in bytes for what the image encoder computes for a few pictures."""
 
-SAMPLE_METHODS = ("sample", "sample_img2img")
-
 
 def _unet(p: Any) -> Any:
     unet = getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
@@ -220,44 +193,8 @@ def _unet(p: Any) -> Any:
 
 
 def _unet_info(unet: Any) -> UNetInfo:
-    diffusion_model = unet.model.diffusion_model
-    found = dict(_cross_attention(diffusion_model))
-    keys = LAYOUTS.get(len(found), ())
-    if not keys or set(keys) != set(found):
-        raise IPAdapterError(
-            f"The loaded checkpoint has {len(found)} cross-attention layers; IP-Adapter works with those of Stable "
-            f"Diffusion 1.x and 2.x (16) and SDXL (70): choose such a checkpoint."
-        )
-    for key, attn2 in found.items():
-        if not hasattr(attn2, "to_k"):
-            raise IPAdapterError(
-                f"Another extension has put a {type(attn2).__name__} in place of the cross-attention layer "
-                f"{' '.join(map(str, key))}: switch it off, or IP-Adapter."
-            )
-    projections = [found[key].to_k for key in keys]
     dtype = getattr(unet.model, "computation_dtype", None) or getattr(unet.model, "manual_cast_dtype", None)
-    return UNetInfo(
-        identity=diffusion_model,
-        keys=keys,
-        widths=tuple(int(to_k.out_features) for to_k in projections),
-        context_width=int(projections[0].in_features),
-        device=torch.device(unet.load_device),
-        dtype=dtype or unet.model.get_dtype(),
-    )
-
-
-def _cross_attention(diffusion_model: nn.Module) -> Iterator[tuple[LayerKey, nn.Module]]:
-    """Every ``attn2`` of an ldm or sgm UNet with the key it has in ``patches_replace``."""
-    places = [
-        *(("input", i, block) for i, block in enumerate(getattr(diffusion_model, "input_blocks", ()))),
-        *(("output", i, block) for i, block in enumerate(getattr(diffusion_model, "output_blocks", ()))),
-        ("middle", 0, getattr(diffusion_model, "middle_block", ())),
-    ]
-    for name, number, block in places:
-        for child in block:
-            for depth, transformer_block in enumerate(getattr(child, "transformer_blocks", ())):
-                if getattr(transformer_block, "attn2", None) is not None:
-                    yield LayerKey(name, number, depth), transformer_block.attn2
+    return describe(unet.model.diffusion_model, torch.device(unet.load_device), dtype or unet.model.get_dtype())
 
 
 def _replacements(unet: Any) -> Mapping[tuple[Any, ...], Any]:

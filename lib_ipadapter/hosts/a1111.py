@@ -1,0 +1,220 @@
+"""AUTOMATIC1111: no patch point, so forward hooks on the projections of every cross-attention layer.
+
+Every attention optimiser calls ``to_q``, ``to_k``, ``to_v`` and ``to_out[0]`` once as modules. Image tokens are
+appended to what ``to_k`` and ``to_v`` return, so the optimiser the user chose does the attention; the decoupled
+formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IPAdapterError
+from ..injection import Injection, Plan
+from ..progress import progress_of_timestep
+from ..rows import COND, UNCOND, Call
+from .base import UNetInfo
+from .folders import adapter_folders, encoder_folders
+from .job import fail, wrap_sampler
+from .unet import cross_attention, describe
+
+T = TypeVar("T")
+
+
+class A1111Host:
+    """AUTOMATIC1111 1.10. Hooks live on modules that stay loaded, so they are removed at every end of sampling."""
+
+    name = "AUTOMATIC1111"
+
+    def __init__(self) -> None:
+        self._hooks: _Hooks | None = None
+
+    # Files and memory
+
+    def adapter_folders(self) -> Sequence[Path]:
+        """See :class:`.base.Host`."""
+        return adapter_folders()
+
+    def encoder_folders(self) -> Sequence[Path]:
+        """See :class:`.base.Host`."""
+        return encoder_folders()
+
+    def run(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
+        """See :class:`.base.Host`."""
+        devices: Any = import_module("modules.devices")
+        lowvram: Any = import_module("modules.lowvram")
+        device = torch.device(devices.device)
+        dtype = torch.float32 if device.type == "cpu" else devices.dtype
+        if device.type != "cpu" and lowvram.is_enabled(import_module("modules.shared").sd_model):
+            lowvram.send_everything_to_cpu()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            module.to(device=device, dtype=dtype)
+            try:
+                return function(device, dtype)
+            finally:
+                if device.type != "cpu":
+                    module.to("cpu")
+                    devices.torch_gc()
+
+    # The UNet
+
+    def unet_info(self, p: Any) -> UNetInfo:
+        """See :class:`.base.Host`."""
+        if getattr(import_module("modules.sd_unet"), "current_unet", None) is not None:
+            raise IPAdapterError(
+                "The WebUI's SD Unet setting replaces the UNet (TensorRT, say), whose layers can't be reached: set SD "
+                "Unet to None in Settings, or switch IP-Adapter off."
+            )
+        model = p.sd_model
+        if getattr(model, "cond_stage_key", "") == "edit":
+            raise IPAdapterError(
+                "The loaded checkpoint edits pictures by instruction and has three kinds of rows, which IP-Adapter "
+                "doesn't support: choose an ordinary checkpoint."
+            )
+        diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+        devices: Any = import_module("modules.devices")
+        return describe(diffusion_model, torch.device(devices.device), devices.dtype_unet)
+
+    def attach(self, p: Any, injection: Injection) -> None:
+        """See :class:`.base.Host`."""
+        self.detach(p)
+        info = self.unet_info(p)
+        injection.to(info.device, info.dtype)
+        self._hooks = _Hooks(info, injection)
+
+    def detach(self, p: Any) -> None:
+        """See :class:`.base.Host`."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def check(self, p: Any, injection: Injection, identity: object) -> bool:
+        """See :class:`.base.Host`. Others' hooks stand beside ours, so there is nothing to attach again."""
+        return self._hooks is not None and p.sd_model.model.diffusion_model is identity
+
+    def on_step(self, params: Any) -> None:
+        """See :class:`.base.Host`. UNet calls consume the step's rows in order: all cond rows, then all uncond rows."""
+        if self._hooks is not None:
+            cond, uncond = params.text_cond, params.text_uncond
+            self._hooks.begin_step((COND,) * _rows(cond) + (UNCOND,) * (0 if uncond is None else _rows(uncond)))
+
+    # The job
+
+    def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
+        """See :class:`.base.Host`."""
+        wrap_sampler(p, after, lambda: self.detach(p))
+
+    def fail(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`."""
+        fail(p, message)
+
+    def fail_in_sampling(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`."""
+        if self._hooks is not None:
+            self._hooks.refuse(p.sd_model.model.diffusion_model, message)
+
+    def comment(self, p: Any, message: str) -> None:
+        """See :class:`.base.Host`."""
+        p.comment(message)
+
+
+def _rows(text: Any) -> int:
+    """Rows of a batch of conds: a tensor, or SDXL's dictionary with a shape."""
+    return int(text.shape[0])
+
+
+class _Hooks:
+    """All hooks of one injection on one UNet."""
+
+    def __init__(self, info: UNetInfo, injection: Injection) -> None:
+        self._injection = injection
+        self._roles: tuple[int, ...] = ()
+        self._cursor = 0
+        self._call: Call | None = None
+        self._plan: Plan | None = None
+        self._q: dict[int, Tensor] = {}
+        self._k: dict[int, Tensor] = {}
+        self._text_tokens = 0
+        layers = dict(cross_attention(info.identity))
+        unet: Any = info.identity
+        self._handles = [unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)]
+        for number, key in enumerate(info.keys):
+            self._hook_layer(number, layers[key])
+
+    def begin_step(self, roles: tuple[int, ...]) -> None:
+        """Before a step's UNet calls: the roles of all its rows."""
+        self._roles, self._cursor = roles, 0
+
+    def remove(self) -> None:
+        """Takes every hook out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._q.clear()
+        self._k.clear()
+
+    def refuse(self, unet: nn.Module, message: str) -> None:
+        """Makes the next UNet call raise."""
+
+        def raiser(*_: Any) -> None:
+            raise IPAdapterError(message)
+
+        self._handles.append(unet.register_forward_pre_hook(raiser))
+
+    def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else kwargs["x"]
+        timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
+        rows = int(x.shape[0])
+        if self._cursor == len(self._roles):
+            self._cursor = 0  # another extension runs the whole step once more
+        roles = self._roles[self._cursor : self._cursor + rows]
+        if len(roles) != rows:
+            raise IPAdapterError(
+                f"The UNet is called with {rows} rows where the step has {len(self._roles) - self._cursor} left, so it "
+                "can't be told which of them are cond: switch off the extension that calls it, or IP-Adapter."
+            )
+        self._cursor += rows
+        self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
+        self._plan = None
+
+    def _current(self, tensor: Tensor, text_tokens: int) -> Plan:
+        if self._plan is None:
+            assert self._call is not None
+            self._plan = self._injection.plan(self._call, text_tokens, tensor.device, tensor.dtype)
+        return self._plan
+
+    def _hook_layer(self, layer: int, attn2: Any) -> None:
+        def after_q(module: nn.Module, args: Any, q: Tensor) -> None:
+            self._q[layer] = q
+
+        def after_k(module: nn.Module, args: Any, k: Tensor) -> Tensor | None:
+            plan = self._current(k, k.shape[1])
+            if plan.joined and not plan.uniform:
+                self._k[layer] = k
+            return plan.joined[0].keys(layer, k) if plan.joined and plan.uniform else None
+
+        def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
+            plan = self._current(v, v.shape[1])
+            return plan.joined[0].values(layer, v) if plan.joined and plan.uniform else None
+
+        def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            q, plan = self._q.pop(layer), self._plan
+            if plan is None or plan.idle or (plan.uniform and not plan.added):
+                return None
+            out = args[0]
+            if plan.joined and not plan.uniform:
+                out = plan.gate(layer, q, self._k.pop(layer), out, attn2.heads)
+            return (plan.add(layer, q, out, attn2.heads), *args[1:])
+
+        self._handles += [
+            attn2.to_q.register_forward_hook(after_q),
+            attn2.to_k.register_forward_hook(after_k),
+            attn2.to_v.register_forward_hook(after_v),
+            attn2.to_out[0].register_forward_pre_hook(before_out),
+        ]
