@@ -212,12 +212,12 @@ class Session:
 
     def _after_pass(self, p: Any, run: _Run) -> None:
         injection = run.injection
-        if injection is None or injection.progress_seen is None:
+        if injection is None:
             return
         run.passes += 1
         for each, acted in zip(run.acting, injection.acted, strict=True):
             if not acted:
-                sentence = _never_acted(each.unit, *injection.progress_seen)
+                sentence = _never_acted(each.unit, injection.progress_seen)
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
@@ -300,14 +300,19 @@ def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it."""
     for each in run.acting:
         if run.passes == 0 and each.unit.stop < 1 and not Window(0.0, each.unit.stop).contains(first):
-            raise IPAdapterError(_never_acted(each.unit, first, 1.0))
+            raise IPAdapterError(_never_acted(each.unit, (first, 1.0)))
 
 
-def _never_acted(unit: Unit, first: float, last: float) -> str:
-    cure = (
-        f"choose a stop above {first:.2f}" if unit.stop <= first + 1e-6 else f"choose a start of {last:.2f} or less"
-    )
+def _never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
+    """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
+    subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
+    if progress is None:
+        return f"{subject}, and the sampler called the UNet not once, so it would never act: choose more steps."
+    first, last = progress
+    cure = f"choose a stop above {first:.2f}"
+    if Window(0.0, unit.stop).contains(first):
+        cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
     return (
-        f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}, and this pass's "
-        f"steps lie between {first:.2f} and {last:.2f} of the noise schedule, so it would never act: {cure}."
+        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of the noise schedule, so it would "
+        f"never act: {cure}."
     )

@@ -1,0 +1,66 @@
+"""What the page's events do on the server, as plain functions that know no gradio."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from .. import pictures, uploads
+from ..errors import IPAdapterError
+from ..units import Unit
+
+# Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
+
+
+def keep_files(files: Sequence[object] | None, preparation: str) -> tuple[str, list[Image], str]:
+    """Keep uploaded picture files and show what the image encoder will see of them.
+
+    Args:
+        files: what gradio's file component hands over: paths (gradio 4), or objects with the path in ``name``
+        (3). preparation: one of ``units.PREPARATIONS``.
+
+    Returns:
+        The hashes as a JSON list ('' for none), the prepared pictures, and a note. If one file is no picture,
+        none is kept and the note names it: a unit never acts with fewer pictures than it was given.
+    """
+    hashes = []
+    for file in files or ():
+        path = Path(str(getattr(file, "name", file)))
+        try:
+            hashes.append(uploads.add(pictures.read_picture(path)))
+        except IPAdapterError as error:
+            return "", [], note(f"{os.path.basename(path)}: {error}")
+    if not hashes:
+        return "", [], ""
+    text = json.dumps(hashes)
+    return text, *preview(text, preparation)
+
+
+def preview(hashes: str, preparation: str) -> tuple[list[Image], str]:
+    """The encoder's exact inputs for uploaded pictures (a JSON list of hashes, '' for none), and a note."""
+    try:
+        kept = [uploads.get(sha256) for sha256 in (json.loads(hashes) if hashes else ())]
+        return [pictures.prepare(picture, preparation) for picture in kept], ""
+    except IPAdapterError as error:
+        return [], note(str(error))
+
+
+def check(slot: str) -> str:
+    """The sentence that a job with this slot would stop with, as a note; '' if it is fine or unused."""
+    if not slot:
+        return ""
+    try:
+        Unit.from_json(slot)
+    except IPAdapterError as error:
+        return note(str(error))
+    return ""
+
+
+def note(message: str) -> str:
+    """A message as the page shows it."""
+    return f'<p class="ip-adapter-note" role="alert">{html.escape(message)}</p>'

@@ -1,0 +1,381 @@
+"""Units: what is asked for, one image prompt each.
+
+:class:`Unit` is the single description that the page, the HTTP API and infotext share. It is validated when
+it is made, so whoever holds one never checks it again, and it goes to JSON and back without loss.
+
+The schema only grows: a new field is a new key whose default is what happened before it existed, no field is
+renamed, and the defaults below are constants. A setting may fill what a new unit in the page starts with, but
+never what a request or an infotext means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import IPAdapterError
+
+SCHEMA_VERSION = 1
+"""Version of the unit's JSON, written with every unit; a newer one is refused, an older one is read."""
+
+UNIT_SLOTS = 10
+"""How many units one generation can have: the number of positions that the script offers for them."""
+
+FORMULATIONS = ("auto", "joint", "decoupled")
+UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
+PREPARATIONS = ("crop", "squash", "pad")
+WEIGHT_RANGE = (-5.0, 5.0)
+WINDOW_RANGE = (0.0, 1.0)
+
+# Names that other tools use for the same thing; they only make the hint of an error better, they are not
+# accepted.
+FOREIGN_NAMES = {
+    "begin": "start",
+    "control_mode": "formulation",
+    "end": "stop",
+    "ending_step": "stop",
+    "guidance_end": "stop",
+    "guidance_start": "start",
+    "module": "model",
+    "picture": "images",
+    "pictures": "images",
+    "resize_mode": "preparation",
+    "scale": "weight",
+    "starting_step": "start",
+    "strength": "weight",
+}
+
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One picture of a unit: either its bytes as text (base64 or a data URI) or the hash of an uploaded one.
+
+    Exactly one of ``data`` and ``sha256`` (64 hexadecimal digits) is filled; otherwise
+    :class:`IPAdapterError`.
+    """
+
+    data: str = ""
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in (("data", self.data), ("sha256", self.sha256)):
+            if not isinstance(value, str):
+                raise IPAdapterError(f'The picture\'s "{name}" is {_shown(value)}; allowed is a text.')
+        if bool(self.data.strip()) == bool(self.sha256):
+            found = "both" if self.sha256 else "neither"
+            raise IPAdapterError(
+                f'The picture has {found} of "data" and "sha256"; allowed is exactly one: '
+                "base64 or a data URI, or the hash of an uploaded picture."
+            )
+        if self.sha256:
+            object.__setattr__(self, "data", "")
+            lowered = self.sha256.lower()
+            if not _SHA256.fullmatch(lowered):
+                raise IPAdapterError(
+                    f'The picture\'s "sha256" is {_shown(self.sha256)}; allowed are 64 hexadecimal digits.'
+                )
+            object.__setattr__(self, "sha256", lowered)
+
+    @classmethod
+    def from_json(cls, value: object) -> ImageRef:
+        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``."""
+        if isinstance(value, ImageRef):
+            return value
+        if isinstance(value, str):
+            if not value.strip():
+                raise IPAdapterError(
+                    "The picture is empty; allowed is base64 or a data URI, or leave it out."
+                )
+            return cls(data=value)
+        if isinstance(value, Mapping):
+            _refuse_unknown(value, ("data", "sha256"))
+            return cls(**value)
+        raise IPAdapterError(
+            f"The picture is {_shown(value)}; allowed is base64, a data URI, "
+            'or {"sha256": "…"} for an uploaded picture.'
+        )
+
+    def to_json(self) -> str | dict[str, str]:
+        """The JSON value that :meth:`from_json` reads back."""
+        return {"sha256": self.sha256} if self.sha256 else self.data
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One image prompt as asked for.
+
+    ``model`` is the adapter's file name as listed, ``images`` its pictures. ``weight`` is finite and in −5…5.
+    ``start`` and ``stop`` bound the window of progress (0 = pure noise, 1 = done) in which the unit acts,
+    0 ≤ start < stop ≤ 1. ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
+    name as listed. ``preparation`` says how a picture that isn't square meets the image encoder.
+
+    Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
+    that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
+    what is allowed.
+    """
+
+    enabled: bool = True
+    model: str = ""
+    images: tuple[ImageRef, ...] = ()
+    weight: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+    formulation: str = "auto"
+    uncond: str = "auto"
+    negative: str = ""
+    preparation: str = "crop"
+
+    def __post_init__(self) -> None:
+        _require_bool("enabled", self.enabled)
+        _require_text("model", self.model)
+        _require_text("negative", self.negative)
+        object.__setattr__(self, "images", _as_images(self.images))
+        object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
+        object.__setattr__(self, "start", _as_number("start", self.start, WINDOW_RANGE))
+        object.__setattr__(self, "stop", _as_number("stop", self.stop, WINDOW_RANGE))
+        if self.start >= self.stop:
+            raise IPAdapterError(
+                f'The field "start" is {_shown(self.start)} and "stop" is {_shown(self.stop)}; '
+                "allowed is a start that is smaller than the stop, both from 0 to 1."
+            )
+        _require_choice("formulation", self.formulation, FORMULATIONS)
+        _require_choice("uncond", self.uncond, UNCONDS)
+        _require_choice("preparation", self.preparation, PREPARATIONS)
+        if self.uncond == "file" and not self.negative:
+            raise IPAdapterError(
+                'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '
+                'or another "uncond".'
+            )
+        if self.negative and self.uncond != "file":
+            raise IPAdapterError(
+                f'The field "negative" is {_shown(self.negative)} while "uncond" is "{self.uncond}"; '
+                'allowed is a negative file only with "uncond" set to "file".'
+            )
+
+    @classmethod
+    def from_json(cls, source: str | Mapping[str, Any] | Unit) -> Unit:
+        """Read a unit from its JSON text, or from the object that such a text holds.
+
+        Fields that are left out have their defaults. Raises :class:`IPAdapterError` for text that is no JSON
+        object, unknown fields, a version newer than :data:`SCHEMA_VERSION`, and whatever :class:`Unit` itself
+        refuses.
+        """
+        if isinstance(source, Unit):
+            return source
+        values = _parse_object(source) if isinstance(source, str) else source
+        if not isinstance(values, Mapping):
+            raise IPAdapterError(f"The unit is {_shown(values)}; allowed is an object or its JSON text.")
+        _refuse_unknown(values, ("version", *_FIELD_NAMES))
+        _check_version(values.get("version", SCHEMA_VERSION))
+        return cls(**{name: value for name, value in values.items() if name != "version"})
+
+    def to_json(self) -> str:
+        """The unit as compact JSON: the version, and the fields that differ from their defaults."""
+        values: dict[str, Any] = {"version": SCHEMA_VERSION}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                values[field.name] = [image.to_json() for image in value] if field.name == "images" else value
+        return json.dumps(values, separators=(",", ":"), allow_nan=False)
+
+
+_FIELD_NAMES = tuple(field.name for field in fields(Unit))
+
+
+def parse_script_args(args: Sequence[object]) -> tuple[bool, list[Unit]]:
+    """Read the always-on script's arguments: whether it is on, and the units that act.
+
+    ``args`` is empty (hosts may call hooks with no arguments at all), ``[on, slot, …]``, or ``[unit, …]``,
+    which is on by itself. A slot or unit is an object, its JSON text, or unused: ``''`` or ``None``.
+    Switched-off units are dropped, and so is a bare ``{}``. Off gives ``(False, [])`` without reading any
+    slot.
+
+    Raises :class:`IPAdapterError` with the unit's number for a bad unit, for more than :data:`UNIT_SLOTS` of
+    them, for a unit that asks for something but has no picture, and when the script is on with no picture at
+    all.
+    """
+    if not args:
+        return False, []
+    first = args[0]
+    explicit = isinstance(first, bool)
+    if explicit and not first:
+        return False, []
+    if not (explicit or _is_unused(first) or isinstance(first, (str, Mapping, Unit))):
+        raise IPAdapterError(f"The first argument is {_shown(first)}; allowed is true, false, or a unit.")
+
+    slots = list(args[1:] if explicit else args)
+    beyond = [slot for slot in slots[UNIT_SLOTS:] if not _is_unused(slot)]
+    if beyond:
+        raise IPAdapterError(
+            f"The argument after unit {UNIT_SLOTS} is {_shown(beyond[0])}; "
+            f"allowed are at most {UNIT_SLOTS} units."
+        )
+    asked = [
+        (number, _parse_unit(number, slot)) for number, slot in enumerate(slots, 1) if not _is_unused(slot)
+    ]
+    enabled = [(number, unit) for number, unit in asked if unit.enabled]
+    if not enabled and not explicit:
+        return False, []
+
+    if not any(unit.images for _, unit in enabled):
+        raise IPAdapterError(
+            "IP-Adapter is switched on but has no picture in any enabled unit; "
+            "give a unit a picture or switch IP-Adapter off."
+        )
+    active: list[Unit] = []
+    for number, unit in enabled:
+        if unit.images:
+            active.append(unit)
+        elif unit != Unit():
+            raise IPAdapterError(f"Unit {number} has no picture; give it at least one or switch it off.")
+    return True, active
+
+
+def _parse_unit(number: int, slot: object) -> Unit:
+    try:
+        return Unit.from_json(slot)  # type: ignore[arg-type]  # checked there, with a sentence
+    except IPAdapterError as error:
+        message = str(error)
+        raise IPAdapterError(f"Unit {number}: {message[:1].lower()}{message[1:]}") from error
+
+
+def _is_unused(slot: object) -> bool:
+    return slot is None or (isinstance(slot, str) and not slot.strip())
+
+
+def _parse_object(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique_pairs)
+    except IPAdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise IPAdapterError(
+            f"The unit is {_shown(text)}, which can't be read as JSON; "
+            'allowed is an object such as {"model": "…", "images": ["base64"]}.'
+        ) from error
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise IPAdapterError(
+                f"The field {_shown(name)} is given twice, as {_shown(values[name])} and {_shown(value)}; "
+                "allowed is one value for each field."
+            )
+        values[name] = value
+    return values
+
+
+def _refuse_unknown(values: Mapping[Any, Any], known: Sequence[str]) -> None:
+    for name, value in values.items():
+        if name in known:
+            continue
+        near = _nearest(str(name), known)
+        hint = f'the nearest known field is "{near}" and ' if near else ""
+        raise IPAdapterError(
+            f"The field {_shown(name)} (value {_shown(value)}) is unknown; "
+            f"{hint}allowed are {', '.join(known)}."
+        )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    lowered = name.lower()
+    foreign = FOREIGN_NAMES.get(lowered)
+    if foreign in known:
+        return foreign
+    return next(iter(difflib.get_close_matches(lowered[:100], known, n=1, cutoff=0.5)), None)
+
+
+def _check_version(value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= SCHEMA_VERSION:  # type: ignore[operator]
+        raise IPAdapterError(
+            f'The field "version" is {_shown(value)}; allowed is a whole number from 1 to {SCHEMA_VERSION}, '
+            "a newer one needs a newer version of this extension."
+        )
+
+
+def _require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed are true and false.')
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a text.')
+
+
+def _require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed are {", ".join(allowed)}.')
+
+
+def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
+    """``value`` as a float within ``limits``; a bool is no number, a text that spells one is."""
+    low, high = limits
+    number = math.nan
+    if isinstance(value, str):
+        if _NUMBER.fullmatch(value.strip()):
+            number = float(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    if not low <= number <= high:  # NaN fails every comparison
+        raise IPAdapterError(
+            f'The field "{name}" is {_shown(value)}; '
+            f"allowed is a finite number from {_shown(low)} to {_shown(high)}."
+        )
+    return number + 0.0  # −0.0 becomes 0.0
+
+
+def _as_images(value: object) -> tuple[ImageRef, ...]:
+    """The pictures of a unit from one value or a list; only an empty list means that there is none."""
+    if isinstance(value, (str, Mapping, ImageRef)):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        raise IPAdapterError(
+            f'The field "images" is {_shown(value)}; allowed is a picture or a list of pictures.'
+        )
+    images = []
+    for position, item in enumerate(value, 1):
+        try:
+            images.append(ImageRef.from_json(item))
+        except IPAdapterError as error:
+            message = str(error).removeprefix("The ")
+            raise IPAdapterError(
+                f'The field "images", picture {position} of {len(value)}: the {message}'
+            ) from error
+    return tuple(images)
+
+
+def _shown(value: object) -> str:
+    """``value`` as an error quotes it: as JSON would write it, and short."""
+    if isinstance(value, str):
+        clipped = value if len(value) <= _SHOWN_CHARACTERS else value[: _SHOWN_CHARACTERS - 1] + "…"
+        return json.dumps(clipped, ensure_ascii=False)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**_SHOWN_CHARACTERS else "a whole number with too many digits"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
+        return repr(value).removesuffix(".0")
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return "an object"
+    return f"a {type(value).__name__}"

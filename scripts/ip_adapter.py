@@ -1,0 +1,128 @@
+"""The always-on script: units in, one session, host callbacks forwarded to it.
+
+The package is loaded under a private name from its own folder, because a built-in extension of the Forge
+family owns the name ``lib_ipadapter``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modules import script_callbacks, scripts
+
+PACKAGE = "sd_image_prompt"
+LIVE_SESSION = "live_session"
+"""Attribute of the package that holds the session of this load, for the next load to find."""
+
+
+def _eject_previous() -> None:
+    """End an earlier load's life: 'Reload UI' runs this file anew but keeps every module it had imported."""
+    live = getattr(sys.modules.get(PACKAGE), LIVE_SESSION, None)
+    if live is not None:
+        try:
+            live.close()
+        except Exception:
+            traceback.print_exc()  # an old life that can't be ended must not keep the new one from loading
+    for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
+        del sys.modules[name]
+
+
+def _load_package() -> None:
+    folder = Path(__file__).resolve().parent.parent / "lib_ipadapter"
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = package  # before it runs: its relative imports look it up here
+    spec.loader.exec_module(package)
+
+
+def _part(name: str) -> ModuleType:
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+_eject_previous()
+_load_package()
+
+errors = _part("errors")
+units = _part("units")
+accordion = _part("ui.accordion")
+try:
+    session: Any = _part("session").Session(_part("hosts").detect())
+except errors.IPAdapterError as refusal:
+    print(refusal, file=sys.stderr)
+    session = None  # the script stays out of sight, so none of its hooks is called
+setattr(sys.modules[PACKAGE], LIVE_SESSION, session)
+
+
+@contextmanager
+def _failing_loudly(p: Any) -> Iterator[None]:
+    """Hosts swallow what a hook raises and draw on without it; so every exception stops the generation."""
+    try:
+        yield
+    except errors.IPAdapterError as error:
+        session.fail(p, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        session.fail(p, f"IP-Adapter stopped on an unexpected error ({reason}); the console has the details.")
+
+
+class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no type information
+    """Hooks survive having no ``args``: hosts may call them before their default arguments exist."""
+
+    def title(self) -> str:
+        """The name in the page, and in lower case the key of ``alwayson_scripts``."""
+        return "IP-Adapter"
+
+    def show(self, is_img2img: bool) -> object:
+        """Always, in both tabs."""
+        return scripts.AlwaysVisible if session is not None else False
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        """The components whose values are the arguments of every hook below."""
+        from modules.ui_components import InputAccordion, ToolButton
+
+        components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton)
+        return components
+
+    def before_process(self, p: Any, *args: object) -> None:
+        """A job begins; whatever an earlier one left behind goes, also when this one doesn't use us."""
+        with _failing_loudly(p):
+            session.begin(p)
+
+    def process(self, p: Any, *args: object) -> None:
+        """Read and check the units, and do everything heavy."""
+        with _failing_loudly(p):
+            enabled, active = units.parse_script_args(args)
+            if enabled:
+                p.extra_generation_params.update(session.prepare(p, active))
+
+    def process_before_every_sampling(self, p: Any, *args: object, **kwargs: Any) -> None:
+        """Before every pass, some hosts twice."""
+        with _failing_loudly(p):
+            session.attach(p, **kwargs)
+
+    def postprocess(self, p: Any, processed: Any, *args: object) -> None:
+        """The job is done."""
+        session.end(p)
+
+
+def _on_cfg_denoiser(params: Any) -> None:
+    with _failing_loudly(getattr(getattr(params, "denoiser", None), "p", None)):
+        session.on_step(params)
+
+
+# Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
+if session is not None:
+    script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
+    script_callbacks.on_script_unloaded(session.close)

@@ -1,0 +1,319 @@
+"""Whole generations in the embedded host, through the script as a WebUI loads it and the API as a client calls it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+
+import tests.embedded.attention
+from tests.embedded import Host
+from tests.embedded.demo_models import DemoModels, make_demo_models
+from tests.photos import base64_photo
+
+TITLE = "IP-Adapter"
+TEXT_TOKENS = 77
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
+    return make_demo_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def hosts(models: DemoModels) -> Iterator[dict[str, Any]]:
+    """The host in use, one at a time: a shape's host is started when a test asks for another shape."""
+    running: dict[str, Any] = {}
+    yield running
+    for host in running.values():
+        host.close()
+
+
+@pytest.fixture
+def host_of(hosts: dict[str, Any], models: DemoModels) -> Any:
+    def get(shape: str, **options: Any) -> Host:
+        key = f"{shape} {options}"
+        if key not in hosts:
+            for other in hosts.values():
+                other.close()
+            hosts.clear()
+            hosts[key] = Host(shape, models_path=models.models_path, **options)
+        return hosts[key]
+
+    return get
+
+
+@pytest.fixture
+def host(host_of: Any) -> Host:
+    return host_of("sd15")
+
+
+def unit(kind: str = "base", shape: str = "sd15", photos: tuple[str, ...] = ("astronaut",), **fields: Any) -> dict[str, Any]:
+    return {"model": f"demo-{kind}-{shape}.safetensors", "images": [base64_photo(name) for name in photos], **fields}
+
+
+def request(*units: Any, **fields: Any) -> dict[str, Any]:
+    wanted = {"prompt": "a red house", "steps": 2, "width": 64, "height": 64, "seed": 1, "cfg_scale": 5.0, **fields}
+    if units:
+        wanted["alwayson_scripts"] = {TITLE: {"args": [True, *units]}}
+    return wanted
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=float)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(pixels(a) - pixels(b)).mean())
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return bool(np.array_equal(pixels(a), pixels(b)))
+
+
+class Watch:
+    """How many image tokens the cross-attention of each UNet call saw beside the text, from the host's attention."""
+
+    def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = host
+        self.tokens: dict[int, set[int]] = {}
+        original = tests.embedded.attention.attention_function
+
+        def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any) -> Any:
+            self.tokens.setdefault(len(host.unet_calls), set()).add(k.shape[1])
+            return original(q, k, v, heads, *args, **kwargs)
+
+        monkeypatch.setattr(tests.embedded.attention, "attention_function", watched)
+        monkeypatch.setattr("backend.attention.attention_function", watched)
+
+    def image_tokens(self) -> list[int]:
+        """One number for each UNet call of the last job."""
+        counts = []
+        for call in sorted(self.tokens):
+            beside = {n - TEXT_TOKENS for n in self.tokens[call] if TEXT_TOKENS <= n < 2 * TEXT_TOKENS}
+            assert len(beside) == 1, f"layers of one UNet call disagree: {beside}"
+            counts.append(beside.pop())
+        return counts
+
+
+def progress_of(sigma: float) -> float:
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    alphas = scheduler.alphas_cumprod.double().numpy()
+    log_sigmas = 0.5 * np.log((1 - alphas) / alphas)
+    timestep = np.interp(np.log(max(sigma, 1e-9)), log_sigmas, np.arange(1000))
+    return float(1 - timestep / 999)
+
+
+WINDOWS = [(0.0, 0.5), (0.25, 1.0), (0.0, 1.0)]
+SAMPLERS = [
+    ("Euler", "Automatic"),
+    ("DPM++ 2M", "Karras"),
+    ("Heun", "Automatic"),
+    ("DDIM", "Automatic"),
+    ("Euler", "SGM Uniform"),
+]
+PASSES: dict[str, dict[str, Any]] = {
+    "txt2img": {},
+    "img2img": {"init_images": [base64_photo("chelsea")], "denoising_strength": 0.5},
+    "hires": {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5, "hr_cfg": 5.0},
+}
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("kind", PASSES)
+def test_units_act_in_exactly_the_calls_they_were_asked_for(
+    host: Host, monkeypatch: pytest.MonkeyPatch, sampler: str, scheduler: str, steps: int, kind: str
+) -> None:
+    # Three joint units told apart by their tokens: 4, 16 and 2 x 16.
+    units = [
+        unit("base", formulation="joint"),
+        unit("plus", formulation="joint"),
+        unit("plus", photos=("astronaut", "coffee"), formulation="joint"),
+    ]
+    weights = [4, 16, 32]
+    for each, (start, stop) in zip(units, WINDOWS, strict=True):
+        each.update(start=start, stop=stop)
+    fields = {"steps": steps, "sampler_name": sampler, "scheduler": scheduler, **PASSES[kind]}
+    run = host.img2img if kind == "img2img" else host.txt2img
+
+    run(**request(**fields))
+    calls = list(host.unet_calls)
+    progress = [progress_of(call.sigma) for call in calls]
+
+    def acts(window: tuple[float, float], p: float) -> bool:
+        start, stop = window
+        return (start == 0 or p >= start - 1e-5) and (stop == 1 or p < stop - 1e-5)
+
+    first_pass = [p for p, call in zip(progress, calls, strict=True) if call.pass_name != "hires"]
+    for number, window in enumerate(WINDOWS):
+        if not any(acts(window, p) for p in first_pass):
+            with pytest.raises(ValueError, match="would never act"):
+                run(**request(units[number], **fields))
+    kept = [n for n, window in enumerate(WINDOWS) if any(acts(window, p) for p in first_pass)]
+    if not kept:
+        return
+    watch = Watch(host, monkeypatch)
+    run(**request(*(units[n] for n in kept), **fields))
+    expected = [sum(weights[n] for n in kept if acts(WINDOWS[n], p)) for p in progress]
+    assert watch.image_tokens() == expected
+    assert not host.errors
+
+
+def test_the_last_call_of_a_plain_schedule_is_not_lost(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(host, monkeypatch)
+    host.txt2img(**request(unit("base", formulation="joint"), steps=4))
+    assert progress_of(host.unet_calls[-1].sigma) == pytest.approx(1.0)
+    assert watch.image_tokens() == [4] * 4
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch": {"batch_size": 2, "n_iter": 2},
+    "CFG 1": {"cfg_scale": 1.0},
+    "AND": {"prompt": "a red house AND a blue car :0.7", "batch_size": 2},
+    "long prompt": {"prompt": "a red house " * 30},
+    "long negative": {"negative_prompt": "a red house " * 30},
+    "very long prompt": {"prompt": "a red house " * 130},
+    "hires": {"enable_hr": True, "hr_scale": 1.25, "denoising_strength": 0.7},
+    "img2img": {"init_images": [base64_photo("chelsea")], "denoising_strength": 0.75, "steps": 4},
+    "Heun": {"sampler_name": "Heun"},
+}
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl"])
+@pytest.mark.parametrize("formulation", ["joint", "decoupled"])
+@pytest.mark.parametrize("case", CASES)
+def test_on_steers_and_off_is_bit_identical(host_of: Any, shape: str, formulation: str, case: str) -> None:
+    host = host_of(shape)
+    run = host.img2img if "init_images" in CASES[case] else host.txt2img
+    plain = run(**request(**CASES[case]))
+    one = unit("plus", shape, formulation=formulation, weight=0.8)
+    steered = run(**request(one, **CASES[case]))
+    assert len(steered.images) == len(plain.images)
+    assert all(difference(a, b) > 3 for a, b in zip(plain.images, steered.images, strict=True))
+    assert f"formulation: {formulation}" in steered.infotexts[0]
+    again = run(**request(one, **CASES[case]))
+    assert all(same(a, b) for a, b in zip(steered.images, again.images, strict=True))
+    off = {
+        "plain again": request(**CASES[case]),
+        "weight 0": request({**one, "weight": 0}, **CASES[case]),
+        "disabled": request({**one, "enabled": False}, **CASES[case]),
+    }
+    for name, wanted in off.items():
+        result = run(**wanted)
+        assert all(same(a, b) for a, b in zip(plain.images, result.images, strict=True)), name
+        assert TITLE not in result.infotexts[0]
+    assert not host.errors
+
+
+def test_it_is_bit_identical_to_not_being_installed(host_of: Any, models: DemoModels) -> None:
+    installed = host_of("sd15")
+    before = installed.txt2img(**request(batch_size=2))
+    installed.txt2img(**request(unit()))
+    after = installed.txt2img(**request(batch_size=2))
+    without = host_of("sd15", extensions=[]).txt2img(**request(batch_size=2))
+    for a, b, c in zip(before.images, after.images, without.images, strict=True):
+        assert same(a, c)
+        assert same(b, c)
+
+
+@pytest.mark.parametrize("options", [{"split_calls": True}, {"row_order": "a1111"}])
+def test_how_the_host_splits_a_step_changes_nothing(host_of: Any, options: dict[str, Any]) -> None:
+    wanted = request(
+        unit("plus", formulation="joint"), unit("base"), prompt="a red house AND a car", negative_prompt="x " * 90, batch_size=2
+    )
+    usual = host_of("sd15").txt2img(**wanted)
+    split = host_of("sd15", **options).txt2img(**wanted)
+    for a, b in zip(usual.images, split.images, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 2
+
+
+def test_the_share_of_a_picture_does_not_depend_on_how_the_host_equalises_prompts(host_of: Any) -> None:
+    """With one UNet call for each prompt, nothing is repeated; with repeats the result must be the same."""
+    wanted = request(unit("plus", formulation="joint"), prompt="a red house " * 30)
+    repeated = host_of("sd15").txt2img(**wanted)
+    assert host_of("sd15").unet_calls[0].context_tokens == 2 * TEXT_TOKENS
+    alone = host_of("sd15", split_calls=True).txt2img(**wanted)
+    assert np.abs(pixels(repeated.image) - pixels(alone.image)).max() <= 2
+
+
+def test_uncond_sources(host: Host, models: DemoModels) -> None:
+    from safetensors.torch import save_file
+
+    context = host.sd_model.shape.context
+    negative = models.models_path / "ipadapter" / "negative.safetensors"
+    save_file({"data": torch.randn(1, 16, context, generator=torch.Generator().manual_seed(0))}, negative)
+    wide = models.models_path / "ipadapter" / "negative-wide.safetensors"
+    save_file({"data": torch.zeros(1, 16, context + 8)}, wide)
+    sources: list[dict[str, Any]] = [
+        {"uncond": name} for name in ("auto", "zero pixels", "zero embeds", "black picture", "none")
+    ]
+    sources.append({"uncond": "file", "negative": negative.name})
+    for kind in ("base", "plus"):
+        results = [host.txt2img(**request(unit(kind, **source))).image for source in sources]
+        for (n, a), (m, b) in itertools.combinations(enumerate(results), 2):
+            auto = {"base": 2, "plus": 1}[kind]
+            assert same(a, b) is ((n, m) == (0, auto)), (kind, sources[n], sources[m])
+    with pytest.raises(ValueError, match=f"{context + 8} wide and the adapter takes {context}"):
+        host.txt2img(**request(unit(uncond="file", negative=wide.name)))
+
+
+def test_preparations_differ_for_a_picture_that_is_not_square(host: Host) -> None:
+    results = [host.txt2img(**request(unit(photos=("coffee",), preparation=p))).image for p in ("crop", "squash", "pad")]
+    assert not any(same(a, b) for a, b in itertools.combinations(results, 2))
+    infotext = host.txt2img(**request(unit(preparation="pad"))).infotexts[0]
+    assert "preparation: pad" in infotext
+
+
+def test_several_units_and_pictures_each_add_their_share(host: Host) -> None:
+    one = host.txt2img(**request(unit())).image
+    two_pictures = host.txt2img(**request(unit(photos=("astronaut", "coffee")))).image
+    two_units = host.txt2img(**request(unit(), unit(photos=("coffee",)))).image
+    negative = host.txt2img(**request(unit(weight=-0.7))).image
+    for a, b in itertools.combinations([one, two_pictures, two_units, negative], 2):
+        assert difference(a, b) > 1
+    with_disabled = host.txt2img(**request(unit(), unit(photos=("coffee",), enabled=False))).image
+    assert same(one, with_disabled)
+
+
+def test_a_job_inside_a_job_has_its_own_units(host_of: Any, models: DemoModels, tmp_path: Path) -> None:
+    scripts = tmp_path / "nested" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "nested.py").write_text(
+        "import copy\n"
+        "from modules import scripts, processing\n"
+        "class Nested(scripts.Script):\n"
+        "    inside = False\n"
+        "    def title(self): return 'Nested'\n"
+        "    def show(self, is_img2img): return scripts.AlwaysVisible\n"
+        "    def postprocess_image(self, p, pp, *args):\n"
+        "        if Nested.inside: return\n"
+        "        Nested.inside = True\n"
+        "        try:\n"
+        "            inner = processing.StableDiffusionProcessingImg2Img(sd_model=p.sd_model, init_images=[pp.image],\n"
+        "                prompt=p.prompt, negative_prompt=p.negative_prompt, steps=4, width=64, height=64,\n"
+        "                denoising_strength=0.75, cfg_scale=p.cfg_scale, seed=p.seed)\n"
+        "            inner.scripts, inner.script_args = p.scripts, p.script_args\n"
+        "            pp.image = processing.process_images(inner).images[0]\n"
+        "        finally:\n"
+        "            Nested.inside = False\n"
+    )
+    from tests.embedded.host import PROJECT_ROOT
+
+    host = host_of("sd15", extensions=(PROJECT_ROOT, tmp_path / "nested"))
+    plain = host.txt2img(**request())
+    assert {call.depth for call in host.unet_calls} == {0, 1}
+    steered = host.txt2img(**request(unit(), n_iter=2))
+    again = host.txt2img(**request(unit(), n_iter=2))
+    assert all(same(a, b) for a, b in zip(steered.images, again.images, strict=True))
+    assert difference(plain.image, steered.image) > 3
+    assert same(plain.image, host.txt2img(**request()).image)
+    assert not host.errors
