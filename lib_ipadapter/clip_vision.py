@@ -59,9 +59,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm_1(x)
-        q, k, v = (
-            to(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q, self.k, self.v)
-        )
+        q, k, v = (to(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q, self.k, self.v))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         out: Tensor = x + self.fc_2(self.activation(self.fc_1(self.norm_2(x))))
         return out
@@ -134,9 +132,7 @@ def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:
     file = open_tensors(path)
     kind = recognise_encoder(file.tensors, file.path.name)
     _, sources = _empty(kind, file.tensors, file.path.name)  # what is wrong shows before gigabytes are read
-    return CLIPVision.from_tensors(
-        kind, file.read({source.key for source in sources.values()}), file.path.name
-    )
+    return CLIPVision.from_tensors(kind, file.read({source.key for source in sources.values()}), file.path.name)
 
 
 # From a file's names to ours
@@ -146,7 +142,7 @@ def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:
 class _Source:
     """Where a parameter is in a file.
 
-    ``part``: which third of the rows, in a tensor that holds query, key and value; ``transposed``: stored the other way.
+    ``part``: which third of the rows, in a tensor that holds query, key and value; ``transposed``: as stored.
     """
 
     key: str
@@ -245,13 +241,10 @@ def _sources(kind: EncoderKind) -> dict[str, _Source]:
     }
 
 
-def _empty(
-    kind: EncoderKind, stored: Mapping[str, _Stored], name: str
-) -> tuple[CLIPVision, dict[str, _Source]]:
+def _empty(kind: EncoderKind, stored: Mapping[str, _Stored], name: str) -> tuple[CLIPVision, dict[str, _Source]]:
     """A tower without weights, and where they are in a file that holds ``stored``, all of which fit."""
-    with torch.device(
-        "meta"
-    ):  # nothing is allocated or initialised: the largest tower has 1.8 billion weights
+    # On the meta device nothing is allocated or initialised: the largest tower has 1.8 billion weights.
+    with torch.device("meta"):
         tower = CLIPVision(kind)
     sources = _sources(kind)
     missing = sorted({source.key for source in sources.values()} - set(stored))

@@ -57,7 +57,7 @@ def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
         IPAdapterError: if the file can't be read or is no image-prompt adapter.
     """
     file = open_tensors(path)
-    kind = recognise_adapter(file.tensors)
+    kind = recognise_adapter(file.tensors, file.path.name)
     groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     prefixes = {kind.image_proj_prefix: "image_proj", kind.ip_adapter_prefix: "ip_adapter"}
     wanted = [key for key in file.tensors if key.startswith(tuple(prefixes))]

@@ -1,4 +1,4 @@
-"""Files that people drop into the folders of adapters and image encoders, and that are neither: how to tell, what to say.
+"""Files that people drop into the folders of adapters and image encoders, and that are neither: how to tell them.
 
 Each row is a pattern over tensor names (one name a line), what the file is, and where it belongs. First match wins.
 """

@@ -339,7 +339,8 @@ class PickleReader:
 
     def _too_much(self) -> NoReturn:
         raise IPAdapterError(
-            f"{self._name} describes more than a model file can hold ({MAX_HEAD // 1024**2} MiB and {MAX_STEPS} steps of "
+            f"{self._name} describes more than a model file can hold ({MAX_HEAD // 1024**2} MiB and {MAX_STEPS} "
+            "steps of "
             "pickle are the limit): it is damaged or hostile and was not changed, so get it as .safetensors."
         )
 
@@ -385,7 +386,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
     if len(items) % 2:
         raise ValueError("a key has no value")
     if isinstance(target, dict):
-        for key, value in zip(items[::2], items[1::2]):
+        for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, (str, int)):
                 target[key] = value
 

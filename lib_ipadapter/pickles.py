@@ -1,8 +1,8 @@
 """PyTorch's own model files (.bin, .pt, .pth, .ckpt), read without running anything that stands in them.
 
-``torch.save`` has written two containers: a zip archive (``data.pkl`` and one uncompressed record for every storage), and
-before torch 1.6 a chain of pickles followed by the storages. Both are read here, the description of the tensors by
-:class:`~.pickle_reader.PickleReader`, and every size, offset and stride in it is checked against the file.
+``torch.save`` has written two containers: a zip archive (``data.pkl`` and one uncompressed record for every
+storage), and before torch 1.6 a chain of pickles followed by the storages. Both are read here, the description of
+the tensors by :class:`~.pickle_reader.PickleReader`, and every size, offset and stride in it is checked.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ class _Archive:
         except Exception as error:
             # zipfile has no closed list of what it raises for bytes that are no archive.
             raise IPAdapterError(
-                f"{name} is damaged or cut short (its zip directory can't be read: {str(error)[:80]}): download it again."
+                f"{name} is damaged or cut short (its zip directory can't be read: {str(error)[:80]}): download "
+                "it again."
             ) from error
         roots = {record.partition("/")[0] for record in self._records if record.partition("/")[2] == "data.pkl"}
         if any(record.endswith("/constants.pkl") or "/code/" in record for record in self._records):
@@ -204,7 +205,8 @@ class _Archive:
             )
         if len(roots) != 1:
             raise IPAdapterError(
-                f"{name} is a zip archive, but not a PyTorch model file (it has no data.pkl): unpack it, or choose the model "
+                f"{name} is a zip archive, but not a PyTorch model file (it has no data.pkl): unpack it, or "
+                "choose the model "
                 "file itself."
             )
         self._root = roots.pop()
@@ -216,7 +218,8 @@ class _Archive:
             _damaged(self._name, f"its record {_short(record)} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise IPAdapterError(
-                f"{self._name} has its record {_short(record)} compressed or encrypted, which PyTorch never writes: get the "
+                f"{self._name} has its record {_short(record)} compressed or encrypted, which PyTorch never "
+                "writes: get the "
                 "original file."
             )
         header_size = 30
@@ -359,7 +362,7 @@ def _place(tensor: TensorRef, storage: StorageRef, region: _Region, key: str, na
     itemsize = dtype.itemsize
     if 0 in shape:
         return StoredTensor(dtype, shape, strides, region.start, 0, region.swapped)
-    last = sum((length - 1) * stride for length, stride in zip(shape, strides))
+    last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     start, length = tensor.offset * itemsize, (last + 1) * itemsize
     if start + length > region.length:
         _damaged(

@@ -93,9 +93,7 @@ def _decode_text(text: str) -> bytes:
         head, comma, text = text[5:].partition(",")
         mime, *options = (part.strip().lower() for part in head.split(";"))
         if not comma or "base64" not in options:
-            raise IPAdapterError(
-                f"The picture's data URI begins with \"data:{_clip(head)}\" and isn't base64: {_USE}."
-            )
+            raise IPAdapterError(f"The picture's data URI begins with \"data:{_clip(head)}\" and isn't base64: {_USE}.")
         # Which image format it says doesn't matter, since browsers and tools often say it wrong: the content decides.
         if mime and not mime.startswith("image/") and mime != "application/octet-stream":
             raise IPAdapterError(
@@ -104,9 +102,7 @@ def _decode_text(text: str) -> bytes:
             )
         text = urllib.parse.unquote(text)
     elif "://" in text[:20]:
-        raise IPAdapterError(
-            f'The picture is the address "{_clip(text)}", and addresses aren\'t fetched: {_USE}.'
-        )
+        raise IPAdapterError(f'The picture is the address "{_clip(text)}", and addresses aren\'t fetched: {_USE}.')
     digits = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
     if not digits:
         raise IPAdapterError(f"The picture is an empty text: {_USE}.")
@@ -130,7 +126,7 @@ def _from_path(path: Path) -> Image.Image:
             return _from_file(file)
     except OSError as error:
         raise IPAdapterError(
-            f"The picture file {path.name} can't be read ({error.strerror or error}): check that it exists and may be read."
+            f"The picture file {path.name} can't be read ({error.strerror or error}): check that it's there and may be read."
         ) from error
 
 
@@ -187,20 +183,16 @@ def _sentences() -> Iterator[None]:
 
 def _too_large(found: str) -> IPAdapterError:
     return IPAdapterError(
-        f"The picture is too large ({found}): allowed are {LIMIT_PIXELS / 1e6:.0f} megapixels, so make it smaller first."
+        f"The picture is too large ({found}): allowed are {LIMIT_PIXELS / 1e6:.0f} megapixels, make it smaller first."
     )
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:
     width, height = picture.size
-    if (
-        width * height > LIMIT_PIXELS
-    ):  # before anything is decoded; hosts may have switched Pillow's own check off
+    if width * height > LIMIT_PIXELS:  # before anything is decoded; hosts may have switched Pillow's own check off
         raise _too_large(f"{width} x {height} pixels")
     if width == 0 or height == 0:
-        raise IPAdapterError(
-            f"The picture is empty ({width} x {height} pixels): give one with at least one pixel."
-        )
+        raise IPAdapterError(f"The picture is empty ({width} x {height} pixels): give one with at least one pixel.")
     picture.load()
     # Asked for after loading: some formats store metadata behind the pixels, and some decoders turn the picture.
     turn = _UPRIGHT.get(_orientation(picture))
@@ -213,13 +205,11 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 def _orientation(picture: Image.Image) -> int:
     """EXIF's orientation of a loaded picture, as far as it is still to be undone."""
-    if (
-        picture.format == "TIFF"
-    ):  # turned by Pillow itself on loading, and older ones still tell the old orientation
-        return 1
+    if picture.format == "TIFF":
+        return 1  # turned by Pillow itself on loading, and older ones still tell the old orientation
     try:
         return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  # broken metadata raises anything, and viewers then show what is stored
+    except Exception:  # broken metadata raises anything, and viewers then show what is stored
         return 1
 
 
@@ -251,11 +241,9 @@ def _from_wide(picture: Image.Image) -> Image.Image:
     """Grey with more than 8 bits, which Pillow itself would clip at 255."""
     values = np.asarray(picture)
     low, high = float(values.min()), float(values.max())
-    if picture.mode == "F":
-        # Float files hold 0…1 or 0…255, and nothing in them says which.
+    top = 65535.0  # "I" too is how Pillow holds files of 16 bits
+    if picture.mode == "F":  # float files hold 0…1 or 0…255, and nothing in them says which
         top = 1.0 if high <= 1 else 255.0
-    else:
-        top = 65535.0  # "I" too is how Pillow holds files of 16 bits
     if not (low >= 0 and high <= top):  # NaN fails as well
         allowed = "0 to 1 or 0 to 255" if picture.mode == "F" else "0 to 65535"
         raise IPAdapterError(
@@ -303,9 +291,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
             )
         pixels = _to_bytes(array, 1.0)
     else:
-        raise IPAdapterError(
-            f"The picture is an array of {array.dtype}; it must be uint8, uint16, bool or float."
-        )
+        raise IPAdapterError(f"The picture is an array of {array.dtype}; it must be uint8, uint16, bool or float.")
     mode = _CHANNELS[pixels.shape[2]]
     size = (pixels.shape[1], pixels.shape[0])
     return _rgb(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes()))
@@ -341,7 +327,7 @@ def _squash(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _pad(picture: Image.Image, size: int) -> Image.Image:
-    """The whole picture in proportion, in the middle; its outermost rows or columns repeat into the two bands beside it.
+    """The whole picture in proportion, in the middle, its outermost rows or columns repeated beside it.
 
     The longer side becomes ``size`` and the shorter one its share, at least one pixel; with an odd rest the band to the
     right or below is one pixel wider. Repeated edges continue a plain background, where bars of one colour would be
@@ -396,7 +382,7 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     kinds = sorted({f"{p.mode} {p.width} x {p.height}" for p in pictures})
     if len(kinds) != 1 or not kinds[0].startswith("RGB "):
         raise IPAdapterError(
-            f"The pictures to encode are {', '.join(kinds) or 'none'}; they must be RGB and of one size: prepare them first."
+            f"The pictures to encode are {', '.join(kinds) or 'none'}; they must be RGB of one size: prepare them."
         )
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).float() / 255
 
@@ -425,7 +411,7 @@ def clip_preprocess(image: Tensor, size: int = 224) -> Tensor:
 
 
 def picture_hash(picture: Image.Image) -> str:
-    """The sha256 of a picture's size and RGB pixels, 64 hexadecimal digits: the same for the same picture in any file."""
+    """The sha256 of a picture's size and RGB pixels, 64 hexadecimal digits: one for a picture in any file."""
     rgb = picture if picture.mode == "RGB" else read_picture(picture)
     digest = hashlib.sha256(f"RGB {rgb.width} x {rgb.height}\n".encode())
     digest.update(rgb.tobytes())

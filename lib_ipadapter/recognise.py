@@ -153,7 +153,8 @@ def _encoder_by_width(name: str, output: str, width: int) -> str:
     if (output, width) not in _NEEDED:
         known = ", ".join(f"{known} ({encoder})" for (of, known), encoder in _NEEDED.items() if of == output)
         raise IPAdapterError(
-            f"{name} takes {_OUTPUT_WORDS[output]} {width} wide, which no known image encoder gives (known are {known}): "
+            f"{name} takes {_OUTPUT_WORDS[output]} {width} wide, which no known image encoder gives (known are "
+            f"{known}): "
             "choose an adapter made for one of these."
         )
     return _NEEDED[output, width]
@@ -215,8 +216,10 @@ def _plus(group: _Group) -> _Projection:
     depth = sum(key.startswith("layers.") and key.endswith(".0.to_q.weight") for key in group.shapes)
     if batch != 1 or inner % DIM_HEAD or hidden % dim:
         raise IPAdapterError(
-            f"{group.name} has a resampler with latents {[batch, tokens, dim]}, attention {inner} wide and feed-forward "
-            f"{hidden} wide; it must be one row of latents, attention in heads of {DIM_HEAD} and a feed-forward that is "
+            f"{group.name} has a resampler with latents {[batch, tokens, dim]}, attention {inner} wide and "
+            "feed-forward "
+            f"{hidden} wide; it must be one row of latents, attention in heads of {DIM_HEAD} and a feed-forward "
+            "that is "
             "a multiple of the latents: choose another file."
         )
     shapes: dict[str, tuple[int, ...]] = {
@@ -330,7 +333,8 @@ class _Group:
         extra = next((key for key in self.shapes if key not in known), None)
         if extra is not None:
             raise IPAdapterError(
-                f"{self.name} looks like {what}, but has the tensor {self.prefix}{extra[:100]}, which belongs to some other "
+                f"{self.name} looks like {what}, but has the tensor {self.prefix}{extra[:100]}, which belongs to "
+                "some other "
                 "kind of adapter: choose a base, plus, plus-face or full-face adapter."
             )
 
@@ -415,7 +419,8 @@ def _layer_widths(group: _Group) -> dict[int, int]:
         for one, other in (("k", "v"), ("v", "k")):
             if f"{number}.to_{one}_ip.weight" not in group.shapes:
                 raise IPAdapterError(
-                    f"{group.name} has {group.prefix}{number}.to_{other}_ip.weight but no to_{one}_ip.weight beside it; "
+                    f"{group.name} has {group.prefix}{number}.to_{other}_ip.weight but no to_{one}_ip.weight "
+                    "beside it; "
                     "every layer needs both: download it again."
                 )
     return {number: group.shape(f"{number}.to_k_ip.weight", 2)[0] for number in numbers}
@@ -427,13 +432,15 @@ def _check_layers(group: _Group, widths: Mapping[int, int], context: int, what: 
         columns = group.shape(key, 2)[1]
         if columns != context:
             raise IPAdapterError(
-                f"{group.name} makes image tokens {context} wide, but {group.prefix}{key} takes {columns}: download it again."
+                f"{group.name} makes image tokens {context} wide, but {group.prefix}{key} takes {columns}: "
+                "download it again."
             )
     group.require(expected, what)
     group.forbid_others(expected, what)
     if len(widths) not in _LAYER_COUNTS:
         raise IPAdapterError(
-            f"{group.name} has {len(widths)} cross-attention layers; adapters for SD1.5 and SD2 have 16 and those for SDXL "
+            f"{group.name} has {len(widths)} cross-attention layers; adapters for SD1.5 and SD2 have 16 and "
+            "those for SDXL "
             "70: choose an adapter for one of these."
         )
 
@@ -448,7 +455,8 @@ def _no_adapter(tensors: Tensors, name: str) -> IPAdapterError:
             f"layers ({_LAYER_PREFIXES[0]}*): download the whole file."
         )
     return IPAdapterError(
-        f"{name} is no IP-Adapter: it holds {_sample(tensors)}, where an image projection and to_k_ip and to_v_ip weights "
+        f"{name} is no IP-Adapter: it holds {_sample(tensors)}, where an image projection and to_k_ip and "
+        "to_v_ip weights "
         f"are expected: {ADVICE}."
     )
 
@@ -551,7 +559,8 @@ def recognise_encoder(tensors: Tensors, name: str = "This file") -> EncoderKind:
     if not found:
         _refuse(first_match((TEXT_ENCODER,), tensors), name, "not an image encoder")
         raise IPAdapterError(
-            f"{name} is no CLIP image encoder: it holds {_sample(tensors)}, where vision_model.* or visual.* is expected: "
+            f"{name} is no CLIP image encoder: it holds {_sample(tensors)}, where vision_model.* or visual.* is "
+            "expected: "
             f"choose {_known_encoders()}."
         )
     layout, key = min(found, key=lambda pair: len(pair[1]))
@@ -568,8 +577,10 @@ def recognise_encoder(tensors: Tensors, name: str = "This file") -> EncoderKind:
     row = next((row for row in ENCODERS if _same_tower(row, measured)), None)
     if row is None:
         raise IPAdapterError(
-            f"{name} is a vision tower {measured.width} wide with {measured.layers} layers, patches of {measured.patch} "
-            f"pixels, pictures of {measured.image_size} and embeddings {measured.projection} wide, which no adapter here "
+            f"{name} is a vision tower {measured.width} wide with {measured.layers} layers, patches of "
+            f"{measured.patch} "
+            f"pixels, pictures of {measured.image_size} and embeddings {measured.projection} wide, which no "
+            "adapter here "
             f"takes: choose {_known_encoders()}."
         )
     kind = replace(measured, name=row.name, heads=row.heads, activation=row.activation)
@@ -582,7 +593,8 @@ def _measure_tower(group: _Group, layout: _Layout, prefix: str) -> EncoderKind:
     positions = group.shape(layout.position, 2)[0]
     if layout.projection not in group.shapes:
         raise IPAdapterError(
-            f"{group.name} is a vision tower {width} wide without its projection ({prefix}{layout.projection}), which base "
+            f"{group.name} is a vision tower {width} wide without its projection ({prefix}{layout.projection}), "
+            "which base "
             "adapters need: use the file of the whole image encoder (CLIPVisionModelWithProjection)."
         )
     projection = group.shape(layout.projection, 2)[0 if layout.layout == "hf" else 1]

@@ -185,7 +185,8 @@ def _info(key: str, entry: Any, data: int, name: str) -> TensorInfo:
         raise _damaged(name, f"its tensor {key[:100]!r} is malformed")
     if dtype_name not in DTYPES:
         raise IPAdapterError(
-            f"{name} holds the tensor {key[:100]!r} as {dtype_name[:20]}, which this PyTorch ({torch.__version__}) can't "
+            f"{name} holds the tensor {key[:100]!r} as {dtype_name[:20]}, which this PyTorch "
+            f"({torch.__version__}) can't "
             "hold: get the file in half precision."
         )
     dtype = DTYPES[dtype_name]

@@ -83,9 +83,7 @@ def openclip(hf: State, layers: int) -> State:
 
 
 def pixels_for(kind: EncoderKind, pictures: int = 2) -> Tensor:
-    return torch.randn(
-        pictures, 3, kind.image_size, kind.image_size, generator=torch.Generator().manual_seed(7)
-    )
+    return torch.randn(pictures, 3, kind.image_size, kind.image_size, generator=torch.Generator().manual_seed(7))
 
 
 def assert_close(out: Tensor, wanted: Tensor, relative: float = 1e-5) -> None:
@@ -116,9 +114,7 @@ def saved(folder: Path, state: State, name: str = "encoder.safetensors") -> Path
 
 
 @pytest.mark.parametrize("layout", ["hf", "openclip"])
-@pytest.mark.parametrize(
-    "kind", [SMALL, ONE_LAYER, QUICK, UNEVEN], ids=["small", "one layer", "quick gelu", "uneven"]
-)
+@pytest.mark.parametrize("kind", [SMALL, ONE_LAYER, QUICK, UNEVEN], ids=["small", "one layer", "quick gelu", "uneven"])
 def test_small_towers_equal_transformers(kind: EncoderKind, layout: str) -> None:
     model = reference(kind)
     state = model.state_dict() if layout == "hf" else openclip(model.state_dict(), kind.layers)
@@ -194,9 +190,7 @@ FILES: dict[str, Callable[[CLIPVisionModelWithProjection], State]] = {
         model.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(257)[None]}
     ),
     "hf, whole CLIP": with_text_tower,
-    "hf, prefixed": lambda model: {
-        f"image_encoder.{key}": value for key, value in model.state_dict().items()
-    },
+    "hf, prefixed": lambda model: {f"image_encoder.{key}": value for key, value in model.state_dict().items()},
     "openclip": lambda model: openclip(model.state_dict(), DEMO.layers),
     "openclip, whole CLIP": openclip_with_text_tower,
     "openclip, prefixed": lambda model: {
@@ -209,7 +203,8 @@ FILES: dict[str, Callable[[CLIPVisionModelWithProjection], State]] = {
 def test_every_file_layout_loads(tmp_path: Path, layout: str) -> None:
     model = reference(DEMO)
     tower = load_clip_vision(saved(tmp_path, FILES[layout](model)))
-    assert tower.kind.name == "demo ViT/14" and tower.kind.layers == 3
+    assert tower.kind.name == "demo ViT/14"
+    assert tower.kind.layers == 3
     assert not tower.training
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert not any(parameter.is_meta for parameter in tower.parameters())
@@ -265,9 +260,7 @@ def test_weights_are_shared_and_nothing_is_drawn_at_random() -> None:
 def test_a_missing_tensor_is_named() -> None:
     state = reference(SMALL).state_dict()
     del state["vision_model.encoder.layers.2.layer_norm2.bias"]
-    with pytest.raises(
-        IPAdapterError, match=r"encoder\.safetensors .*layers\.2\.layer_norm2\.bias.*download it again"
-    ):
+    with pytest.raises(IPAdapterError, match=r"encoder\.safetensors .*layers\.2\.layer_norm2\.bias.*download it again"):
         tower_of(SMALL, state)
 
 
@@ -323,9 +316,7 @@ def test_damaged_files_raise_a_sentence(tmp_path: Path) -> None:
             load_clip_vision(path)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 224, 223), (1, 3, 14, 14), (3, 28, 28), (1, 4, 28, 28), (1, 28, 28, 3)]
-)
+@pytest.mark.parametrize("shape", [(1, 3, 224, 223), (1, 3, 14, 14), (3, 28, 28), (1, 4, 28, 28), (1, 28, 28, 3)])
 def test_pixels_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     tower = tower_of(SMALL, reference(SMALL).state_dict())
     with pytest.raises(IPAdapterError, match="28, 28"):

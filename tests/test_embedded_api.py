@@ -42,10 +42,12 @@ def test_a_public_client(host: Host) -> None:
     result = api.txt2img(prompt="a fox", seed=1, width=64, height=64, sampler_name="Euler")
     assert result.image.size == (64, 64)
     assert result.image.tobytes() == run(host).image.tobytes()
-    assert result.info["all_seeds"] == [1] and result.parameters["prompt"] == "a fox"
+    assert result.info["all_seeds"] == [1]
+    assert result.parameters["prompt"] == "a fox"
     assert result.image.info["parameters"] == result.info["infotexts"][0]
     again = api.img2img(images=[result.image], prompt="a fox", seed=2, width=64, height=64, denoising_strength=0.5)
-    assert again.image.size == (64, 64) and again.parameters["init_images"] is None
+    assert again.image.size == (64, 64)
+    assert again.parameters["init_images"] is None
     with_hires = api.txt2img(prompt="a fox", width=64, height=64, enable_hr=True, hr_scale=1.5, scheduler="karras")
     assert with_hires.image.size == (96, 96)
     assert [s["name"] for s in api.get_samplers()] == ["Euler", "Euler a", "Heun", "DPM++ 2M", "DDIM"]
@@ -54,7 +56,8 @@ def test_a_public_client(host: Host) -> None:
     assert api.get_progress()["progress"] == 0
     with pytest.raises(RuntimeError) as caught:
         api.txt2img(width=64, height=64, alwayson_scripts=probe_args(init="no such model"))
-    assert caught.value.args[0] == 422 and "no such model" in caught.value.args[1]
+    assert caught.value.args[0] == 422
+    assert "no such model" in caught.value.args[1]
 
 
 def test_interrupt_over_http(host: Host) -> None:
@@ -70,7 +73,8 @@ def test_interrupt_over_http(host: Host) -> None:
         time.sleep(0.01)
     api.interrupt()
     thread.join(60)
-    assert len(host.unet_calls) < 150 * 40 and results[0].images
+    assert len(host.unet_calls) < 150 * 40
+    assert results[0].images
     assert run(host).images
 
 
@@ -92,7 +96,10 @@ def test_failures_as_status_codes(host: Host, client: Client) -> None:
     assert txt2img(client, infotext="a fox\nSteps: 1").status_code == 422
     post = client.post
     assert post("/sdapi/v1/img2img", json=SMALL).status_code == 404
-    assert post("/sdapi/v1/img2img", json={**SMALL, "init_images": ["aGVsbG8="]}).json()["detail"] == "Invalid encoded image"
+    assert (
+        post("/sdapi/v1/img2img", json={**SMALL, "init_images": ["aGVsbG8="]}).json()["detail"]
+        == "Invalid encoded image"
+    )
     assert post("/sdapi/v1/img2img", json={**SMALL, "init_images": [], "mask": "x"}).status_code == 422
     assert txt2img(client).status_code == 200
 
@@ -105,10 +112,13 @@ def pixels(answer: Any) -> list[bytes]:
 def test_silent_failures_stay_silent(client: Client) -> None:
     plain = pixels(txt2img(client))
     swallowed = txt2img(client, alwayson_scripts=probe_args(**{"raise in before_process": True}))
-    assert swallowed.status_code == 200 and pixels(swallowed) == plain
+    assert swallowed.status_code == 200
+    assert pixels(swallowed) == plain
     nothing = txt2img(client, alwayson_scripts=probe_args(comment="x", **{"interrupt in process": True}))
-    assert nothing.status_code == 200 and nothing.json()["images"] == []
-    assert len(json.loads(nothing.json()["info"])["infotexts"]) == 1 and "x" not in nothing.json()
+    assert nothing.status_code == 200
+    assert nothing.json()["images"] == []
+    assert len(json.loads(nothing.json()["info"])["infotexts"]) == 1
+    assert "x" not in nothing.json()
 
 
 def test_args_are_positional_with_the_components_values_as_defaults(host: Host, client: Client) -> None:
@@ -119,14 +129,20 @@ def test_args_are_positional_with_the_components_values_as_defaults(host: Host, 
 
     assert args_of() == (False, "{}", 3)
     assert args_of(alwayson_scripts={"PROBE": {"args": [True]}}) == (True, "{}", 3)
-    assert args_of(alwayson_scripts={"probe": {"args": [False, "{}", "as sent", "too many"]}}) == (False, "{}", "as sent")
+    assert args_of(alwayson_scripts={"probe": {"args": [False, "{}", "as sent", "too many"]}}) == (
+        False,
+        "{}",
+        "as sent",
+    )
     assert args_of(alwayson_scripts={"probe": {}}) == (False, "{}", 3)
 
 
 def test_script_info(client: Client) -> None:
     for_txt2img, for_img2img = client.get("/sdapi/v1/script-info").json()
-    assert for_txt2img["is_img2img"] is False and for_img2img["is_img2img"] is True
-    assert for_txt2img["name"] == "probe" and for_txt2img["is_alwayson"] is True
+    assert for_txt2img["is_img2img"] is False
+    assert for_img2img["is_img2img"] is True
+    assert for_txt2img["name"] == "probe"
+    assert for_txt2img["is_alwayson"] is True
     assert [a["label"] for a in for_txt2img["args"]] == ["Probe", "What to do", "A number"]
     assert for_txt2img["args"][2] == {
         "label": "A number",

@@ -29,7 +29,11 @@ FORGE_KEYS = {
     "dim_head",
 }
 LAYOUT = {
-    "sd15": {**{("input", i): 1 for i in (1, 2, 4, 5, 7, 8)}, ("middle", 0): 1, **{("output", i): 1 for i in range(3, 12)}},
+    "sd15": {
+        **{("input", i): 1 for i in (1, 2, 4, 5, 7, 8)},
+        ("middle", 0): 1,
+        **{("output", i): 1 for i in range(3, 12)},
+    },
     "sdxl": {
         **{("input", i): 2 for i in (4, 5)},
         **{("input", i): 10 for i in (7, 8)},
@@ -72,7 +76,7 @@ def test_bit_equal_to_diffusers_default_attention(shaped: tuple[str, DiffusionMo
     reference = copy.deepcopy(model)
     reference.unet.set_attn_processor(AttnProcessor2_0())
     assert torch.equal(ours, call(reference, shape))
-    every_block = {key: plain for key in LAYOUT[shape]}
+    every_block = dict.fromkeys(LAYOUT[shape], plain)
     replaced = call(model, shape, {**host_options(), "patches_replace": {"attn1": every_block, "attn2": every_block}})
     assert torch.equal(ours, replaced)
 
@@ -85,7 +89,7 @@ def test_every_layer_is_reached_in_the_hosts_order_with_forges_options(shaped: t
         seen.append(dict(extra) | {"q": tuple(q.shape), "k": tuple(k.shape)})
         return plain(q, k, v, extra)
 
-    call(model, shape, {**host_options(), "patches_replace": {"attn2": {key: note for key in LAYOUT[shape]}}})
+    call(model, shape, {**host_options(), "patches_replace": {"attn2": dict.fromkeys(LAYOUT[shape], note)}})
     expected = [(*block, depth) for block, depths in LAYOUT[shape].items() for depth in range(depths)]
     assert [(*s["block"], s["block_index"]) for s in seen] == expected
     assert len(seen) == SHAPES[shape].attention_layers
@@ -131,7 +135,8 @@ def test_a_three_tuple_key_wins_and_other_patches_run_around_it() -> None:
         if extra["block"] == ("middle", 0):
             order.append("attn2_patch")
             extras.append(id(extra))
-            assert context is value and n.shape[-1] == 128
+            assert context is value
+            assert n.shape[-1] == 128
         return n, torch.cat([context, context], 1), torch.cat([value, value], 1)
 
     def after(n: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
@@ -172,5 +177,7 @@ def test_clone_copies_options_deeply_but_keeps_functions() -> None:
     second = first.clone()
     a, b = (p.model_options["transformer_options"]["patches_replace"]["attn2"] for p in (first, second))
     assert a["input", 1] is b["input", 1]
-    assert a["input", 1, 0] is not b["input", 1, 0] and a["input", 1, 0].tensor is not b["input", 1, 0].tensor
-    assert second.model is patcher.model and isinstance(second, UnetPatcher)
+    assert a["input", 1, 0] is not b["input", 1, 0]
+    assert a["input", 1, 0].tensor is not b["input", 1, 0].tensor
+    assert second.model is patcher.model
+    assert isinstance(second, UnetPatcher)

@@ -24,7 +24,8 @@ def write(folder: Path, name: str, text: str) -> None:
 def test_hosts_come_and_go() -> None:
     path, names = list(sys.path), set(sys.modules)
     first = Host("sd15", [PROBE_EXTENSION])
-    assert "modules.scripts" in sys.modules and str(PROBE_EXTENSION) in sys.path
+    assert "modules.scripts" in sys.modules
+    assert str(PROBE_EXTENSION) in sys.path
     picture = run(first).image.tobytes()
     shared = sys.modules["modules.shared"]
     with Host("sdxl", [PROBE_EXTENSION]) as second:
@@ -32,7 +33,8 @@ def test_hosts_come_and_go() -> None:
         assert sys.modules["modules.shared"].sd_model is second.sd_model
         a, b = (run(second, prompt=p, steps=4).image for p in ("a fox", "a blue car"))
         assert np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() > 5
-    assert stand_ins() == [] and sys.path == path
+    assert stand_ins() == []
+    assert sys.path == path
     assert not {n for n in set(sys.modules) - names if "probe" in n} - {"tests.embedded.probe"}
     with Host("sd15", []) as bare:
         # an extension that does nothing leaves no trace in the picture
@@ -55,7 +57,8 @@ def test_what_extensions_import() -> None:
 
         assert Path(paths.models_path) == Path("some/models").resolve()
         assert memory_management.get_torch_device().type == "cpu"
-        assert callable(script_callbacks.on_infotext_pasted) and callable(scripts.basedir)
+        assert callable(script_callbacks.on_infotext_pasted)
+        assert callable(scripts.basedir)
         assert shared.sd_model.forge_objects.unet.clone().model.predictor.sigmas.shape == (1000,)
         assert all(callable(f) for f in (attention_function, ModelPatcher, decode_base64_to_image, InputAccordion))
         with pytest.raises(ModuleNotFoundError):
@@ -88,13 +91,17 @@ def test_a_script_is_loaded_as_the_hosts_do_it(tmp_path: Path, capsys: pytest.Ca
     write(one, "late_helper.py", "")
     write(one, "scripts/b.py", "raise RuntimeError('broken script')\n")
     write(one, "scripts/c.txt", "not python")
-    write(two, "scripts/private.py", (
-        "import importlib.util, sys, pathlib\n"
-        "file = pathlib.Path(__file__).parents[1] / 'library' / 'top.py'\n"
-        "spec = importlib.util.spec_from_file_location('private_name', file)\n"
-        "sys.modules['private_name'] = module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-    ))
+    write(
+        two,
+        "scripts/private.py",
+        (
+            "import importlib.util, sys, pathlib\n"
+            "file = pathlib.Path(__file__).parents[1] / 'library' / 'top.py'\n"
+            "spec = importlib.util.spec_from_file_location('private_name', file)\n"
+            "sys.modules['private_name'] = module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+        ),
+    )
     write(two, "library/top.py", "VALUE = 7\n")
     with Host("sd15", [one, two]) as host:
         assert [r.message for r in host.errors] == ["Error loading script: b.py"]
@@ -113,9 +120,12 @@ def test_reload_ui_loads_scripts_anew_and_keeps_the_model() -> None:
         first, model = record(), host.sd_model
         picture = run(host).image.tobytes()
         host.reload_ui()
-        assert "script_unloaded" in first.hooks and record() is not first and host.sd_model is model
+        assert "script_unloaded" in first.hooks
+        assert record() is not first
+        assert host.sd_model is model
         assert run(host).image.tobytes() == picture
-        assert first.models == [model] and record().models == [model]
+        assert first.models == [model]
+        assert record().models == [model]
         host.load_model("sdxl")
         assert [m.is_sdxl for m in record().models] == [False, True]
         assert run(host).image.tobytes() != picture

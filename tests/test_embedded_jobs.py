@@ -28,7 +28,9 @@ def host() -> Iterator[Host]:
 @pytest.fixture
 def photo() -> Image.Image:
     x = np.linspace(0, 255, 64, dtype=np.uint8)
-    return Image.fromarray(np.stack([np.tile(x, (64, 1)), np.tile(x[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], 2))
+    return Image.fromarray(
+        np.stack([np.tile(x, (64, 1)), np.tile(x[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], 2)
+    )
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
@@ -91,10 +93,12 @@ def test_hires_calls_the_hook_twice_the_first_time_on_the_stale_unet(host: Host)
 def test_calls_of_each_sampler(host: Host, sampler: str, scheduler: str, steps: int, calls: int) -> None:
     run(host, sampler_name=sampler, scheduler=scheduler, steps=steps, wanted={})
     sigmas = [c.sigma for c in host.unet_calls]
-    assert len(sigmas) == calls and sigmas == sorted(sigmas, reverse=True)
+    assert len(sigmas) == calls
+    assert sigmas == sorted(sigmas, reverse=True)
     assert all(0 <= c.timestep <= 999 for c in host.unet_calls)
     if calls and sampler != "DDIM":
-        assert sigmas[0] == pytest.approx(14.6146, abs=1e-3) and host.unet_calls[0].timestep == 999
+        assert sigmas[0] == pytest.approx(14.6146, abs=1e-3)
+        assert host.unet_calls[0].timestep == 999
     if sampler == "Heun" and calls > 1:
         assert sigmas[1] == pytest.approx(sigmas[2])  # one step's second call, the next one's first
         assert record().denoiser[0].denoiser.total_steps == 2 * steps
@@ -114,13 +118,20 @@ def test_automatic_schedule_of_dpmpp_2m_is_karras(host: Host) -> None:
 
 def test_img2img_executes_a_share_of_the_steps(host: Host, photo: Image.Image) -> None:
     result = run(host, "img2img", init_images=[photo], steps=20, denoising_strength=0.5, wanted={})
-    assert len(host.unet_calls) == 11 and {c.pass_name for c in host.unet_calls} == {"img2img"}
+    assert len(host.unet_calls) == 11
+    assert {c.pass_name for c in host.unet_calls} == {"img2img"}
     assert host.unet_calls[0].timestep == pytest.approx(999 - 9 * 999 / 19, abs=1)
     assert record().denoiser[0].total_sampling_steps == 11
     assert of_hook(PBES)[0]["shape"] == (1, 4, 8, 8)
-    assert difference(result.image, run(host, "img2img", init_images=[photo.rotate(90)], steps=20, denoising_strength=0.5).image) > 5
+    assert (
+        difference(
+            result.image, run(host, "img2img", init_images=[photo.rotate(90)], steps=20, denoising_strength=0.5).image
+        )
+        > 5
+    )
     run(host, "img2img", init_images=[photo], steps=20, denoising_strength=0.5, sampler_name="DDIM", batch_size=2)
-    assert len(host.unet_calls) == 9 and host.unet_calls[0].rows == 4
+    assert len(host.unet_calls) == 9
+    assert host.unet_calls[0].rows == 4
 
 
 def test_a_batch_is_made_of_its_single_pictures(host: Host) -> None:
@@ -135,14 +146,18 @@ def test_a_batch_is_made_of_its_single_pictures(host: Host) -> None:
 def test_interrupt_during_sampling_keeps_the_picture_so_far(host: Host) -> None:
     before = run(host).image.tobytes()
     result = run(host, steps=6, n_iter=3, enable_hr=True, wanted={"interrupt at": 2})
-    assert len(result.images) == 1 and len(host.unet_calls) == 3
-    assert record().hooks[-1] == "postprocess" and of_hook("postprocess") == [{"images": 1, "interrupted": True}]
+    assert len(result.images) == 1
+    assert len(host.unet_calls) == 3
+    assert record().hooks[-1] == "postprocess"
+    assert of_hook("postprocess") == [{"images": 1, "interrupted": True}]
     assert run(host).image.tobytes() == before
 
 
 def test_interrupt_in_process_gives_no_picture_but_an_infotext(host: Host) -> None:
     result = run(host, wanted={"interrupt in process": True, "comment": "nothing <done>"})
-    assert result.images == [] and len(result.infotexts) == 1 and host.unet_calls == []
+    assert result.images == []
+    assert len(result.infotexts) == 1
+    assert host.unet_calls == []
 
 
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
@@ -161,7 +176,8 @@ def test_exceptions_that_escape_end_the_job(host: Host, name: str) -> None:
     assert (caught.value.status_code, caught.value.detail) == (422, message)  # type: ignore[attr-defined]
     assert "postprocess" not in record().hooks
     assert (PBES in record().hooks) == (name != "init")
-    assert host.state.job == "" and run(host).image.tobytes() == before
+    assert host.state.job == ""
+    assert run(host).image.tobytes() == before
 
 
 def test_exceptions_in_hooks_are_reported_and_swallowed(host: Host) -> None:
@@ -201,15 +217,19 @@ def test_infotext(host: Host) -> None:
     from tests.embedded.infotext import parse_generation_parameters
 
     parsed = parse_generation_parameters(text)
-    assert parsed["Prompt"] == "a fox" and parsed["Negative prompt"] == "bad\nthings"
-    assert parsed["Seed"] == "2" and (parsed["Size-1"], parsed["Size-2"]) == ("64", "64")
-    assert json.loads(parsed["Probe"]) == wanted and parsed["Probe list"] == "second"
-    assert parsed["Probe text"] == "äöü, \"quoted\": back\\slash\nnew line 日本"
+    assert parsed["Prompt"] == "a fox"
+    assert parsed["Negative prompt"] == "bad\nthings"
+    assert parsed["Seed"] == "2"
+    assert (parsed["Size-1"], parsed["Size-2"]) == ("64", "64")
+    assert json.loads(parsed["Probe"]) == wanted
+    assert parsed["Probe list"] == "second"
+    assert parsed["Probe text"] == 'äöü, "quoted": back\\slash\nnew line 日本'
     assert "Probe nothing" not in text
     script = host.runners["txt2img"].alwayson_scripts[0]
     updates = {id(component): update for component, update in params}
     enabled, box, _ = script.controls
     assert updates[id(enabled)]["value"] is True
     assert json.loads(updates[id(box)]["value"]) == wanted
-    foreign = dict((id(c), u) for c, u in host.page.pasted("txt2img", "a cat\nSteps: 3, Sampler: Euler, Seed: 1"))
-    assert foreign[id(enabled)]["value"] is False and "value" not in foreign[id(box)]
+    foreign = {id(c): u for c, u in host.page.pasted("txt2img", "a cat\nSteps: 3, Sampler: Euler, Seed: 1")}
+    assert foreign[id(enabled)]["value"] is False
+    assert "value" not in foreign[id(box)]

@@ -35,7 +35,8 @@ def test_files_repeat_and_have_the_public_keys(models: DemoModels, tmp_path: Pat
                 assert all(file.get_slice(k).get_dtype() == "F16" for k in keys)
             assert sum(k.startswith("image_proj.") for k in keys) == projection
             numbers = sorted({int(k.split(".")[1]) for k in keys if k.startswith("ip_adapter.")})
-            assert numbers == list(range(1, 2 * layers, 2)) and len(keys) == projection + 2 * layers
+            assert numbers == list(range(1, 2 * layers, 2))
+            assert len(keys) == projection + 2 * layers
     assert layer_widths("sd15") == [32] * 2 + [64] * 2 + [128] * 2 + [128] * 3 + [64] * 3 + [32] * 3 + [128]
     assert len(layer_widths("sdxl")) == 70
 

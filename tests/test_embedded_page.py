@@ -34,7 +34,8 @@ def test_page_with_scripts_and_assets(tmp_path: Path) -> None:
     with Host("sd15", [extension]) as host:
         client = Client(host.app)
         html = client.get("/").text
-        assert "ownScriptRan" in html and html.index("function onUiLoaded") < html.index("ownScriptRan")
+        assert "ownScriptRan" in html
+        assert html.index("function onUiLoaded") < html.index("ownScriptRan")
         config = client.get("/config").json()
         assert ".own-class" in config["css"]
         ids = {c["props"].get("elem_id") for c in config["components"]}
@@ -43,8 +44,10 @@ def test_page_with_scripts_and_assets(tmp_path: Path) -> None:
             assert {f"script_{tab}_probe_enable", f"script_{tab}_probe_enable-checkbox"} <= ids
         # what an upload from the page becomes is gradio's business; a job's is ours
         job = host.page.generate("txt2img", page_fields(host), script_args(host))
-        assert len(job[0]) == 1 and job[0][0].tobytes() == run(host, wanted={}).image.tobytes()
-        assert "a fox" in job[2] and "Time taken" in job[3]
+        assert len(job[0]) == 1
+        assert job[0][0].tobytes() == run(host, wanted={}).image.tobytes()
+        assert "a fox" in job[2]
+        assert "Time taken" in job[3]
 
 
 def test_generate_shows_exceptions_and_comments() -> None:
@@ -56,11 +59,15 @@ def test_generate_shows_exceptions_and_comments() -> None:
         assert "<div class='error'>UserError: no &lt;model&gt;</div>" in log
         wanted = {"comment": "nothing <done>", "interrupt in process": True}
         pictures, _, infotext, log = host.page.generate("txt2img", page_fields(host), script_args(host, **wanted))
-        assert pictures == [] and "nothing &lt;done&gt;" in log and "Steps: 2" in infotext
+        assert pictures == []
+        assert "nothing &lt;done&gt;" in log
+        assert "Steps: 2" in infotext
         assert host.state.interrupted is False
         pictures, *_ = host.page.generate("txt2img", page_fields(host, batch_size=2, n_iter=2), (0, False, "{}", 3))
         assert [p.size for p in pictures] == [(128, 128)] + [(64, 64)] * 4  # the grid first
-        _, _, _, log = host.page.generate("img2img", page_fields(host, "img2img", init_images=None), (0, False, "{}", 3))
+        _, _, _, log = host.page.generate(
+            "img2img", page_fields(host, "img2img", init_images=None), (0, False, "{}", 3)
+        )
         assert "ValueError: img2img needs a picture" in log
         assert record().hooks
 
@@ -71,7 +78,7 @@ def test_generate_through_gradio() -> None:
         (fn,) = [f for f in blocks.fns.values() if f.targets and f.targets[0][1] == "click" and len(f.outputs) == 4][:1]
         tab = host.page.tabs["txt2img"]
         assert list(fn.inputs) == [*tab.fields.values(), *tab.script_inputs]
-        assert [c for c in tab.script_inputs[1:]] == list(host.runners["txt2img"].alwayson_scripts[0].controls)
+        assert list(tab.script_inputs[1:]) == list(host.runners["txt2img"].alwayson_scripts[0].controls)
 
 
 def test_input_accordion_is_a_checkbox() -> None:
@@ -80,9 +87,12 @@ def test_input_accordion_is_a_checkbox() -> None:
             gr.Textbox()
             with accordion.extra():
                 gr.HTML("")
-        assert accordion.value is True and accordion.elem_id == "thing-checkbox"
-        assert accordion.accordion.elem_id == "thing" and accordion.accordion.open is True
-        assert accordion.get_block_name() == "checkbox" and isinstance(accordion, gr.Checkbox)
+        assert accordion.value is True
+        assert accordion.elem_id == "thing-checkbox"
+        assert accordion.accordion.elem_id == "thing"
+        assert accordion.accordion.open is True
+        assert accordion.get_block_name() == "checkbox"
+        assert isinstance(accordion, gr.Checkbox)
         numbered = [InputAccordion(False, label="x").elem_id for _ in range(2)]
     assert len(set(numbered)) == 2
 

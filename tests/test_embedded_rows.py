@@ -93,11 +93,14 @@ def test_options_of_a_call(host: Host) -> None:
     run(host, wanted={"replace": "plain", "keys": [key]}, prompt="a AND b", batch_size=2, steps=1, width=96, height=64)
     (options,) = record().options
     assert options["cond_or_uncond"] == [1, 0, 0]
-    assert options["sigmas"].shape == (2,) and options["sigmas"][0] == pytest.approx(14.6146, abs=1e-3)
+    assert options["sigmas"].shape == (2,)
+    assert options["sigmas"][0] == pytest.approx(14.6146, abs=1e-3)
     assert options["cond_mark"].tolist() == [1, 1, 0, 0, 0, 0]
-    assert options["uncond_indices"] == [0, 1] and options["cond_indices"] == [2, 3, 4, 5]
+    assert options["uncond_indices"] == [0, 1]
+    assert options["cond_indices"] == [2, 3, 4, 5]
     assert options["original_shape"] == [6, 4, 8, 12]
-    assert options["block"] == ("input", 4) and len(options) == 11
+    assert options["block"] == ("input", 4)
+    assert len(options) == 11
 
 
 def test_skip_early_cond(host: Host) -> None:

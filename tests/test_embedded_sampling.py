@@ -31,16 +31,20 @@ def test_predictor_is_the_scaled_linear_table() -> None:
     predictor = Predictor()
     alphas = EulerDiscreteScheduler(**BETAS).alphas_cumprod.double()
     expected = ((1 - alphas) / alphas).sqrt()
-    assert predictor.sigmas.shape == (1000,) and predictor.sigmas.dtype == torch.float32
+    assert predictor.sigmas.shape == (1000,)
+    assert predictor.sigmas.dtype == torch.float32
     assert torch.allclose(predictor.sigmas.double(), expected, rtol=1e-4)  # theirs is computed in float32
     assert predictor.sigma_max.item() == pytest.approx(14.6146, abs=1e-4)
     assert predictor.sigma_min.item() == pytest.approx(0.029167, abs=1e-5)
     # values read off a host
     for percent, sigma in [(0.0001, 14.6058), (0.1, 8.3072), (0.25, 4.0861), (0.5, 1.61558), (0.75, 0.69515)]:
         assert predictor.percent_to_sigma(percent) == pytest.approx(sigma, rel=1e-4)
-    assert predictor.percent_to_sigma(0) == 999999999.9 and predictor.percent_to_sigma(1) == 0.0
+    assert predictor.percent_to_sigma(0) == 999999999.9
+    assert predictor.percent_to_sigma(1) == 0.0
     assert predictor.timestep(torch.tensor([0.0292, 1.0, 14.6146, 100.0])).tolist() == [0, 354, 999, 999]
-    assert predictor.sigma(torch.tensor([0.0, 499.5, 2000.0])).tolist() == pytest.approx([0.0292, 1.6156, 14.6146], abs=1e-4)
+    assert predictor.sigma(torch.tensor([0.0, 499.5, 2000.0])).tolist() == pytest.approx(
+        [0.0292, 1.6156, 14.6146], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("n", STEPS)
@@ -58,7 +62,9 @@ def test_schedules(n: int) -> None:
     expected = [999.0 - 999.0 * i / n for i in range(n)]
     assert predictor.timestep(sgm[:-1]).tolist() == pytest.approx(expected, abs=0.51)
     for sigmas in (discrete(n, predictor), karras(n, predictor), sgm):
-        assert sigmas.shape == (n + 1,) and sigmas[-1] == 0 and bool((sigmas.diff() < 0).all())
+        assert sigmas.shape == (n + 1,)
+        assert sigmas[-1] == 0
+        assert bool((sigmas.diff() < 0).all())
         assert sigmas[0].item() == pytest.approx(14.6146, abs=1e-3)
 
 

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib_ipadapter import pickles
+from lib_ipadapter import pickle_reader, pickles
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.tensorfile import open_tensors
 
@@ -81,10 +81,16 @@ def zipped(path: Path, data_pkl: bytes, records: dict[str, bytes] | None = None,
     return path
 
 
+def bare(path: Path, body: bytes) -> Path:
+    """A file of nothing but these bytes."""
+    path.write_bytes(body)
+    return path
+
+
 CONTAINERS: dict[str, Callable[[Path, bytes], Path]] = {
     "zip": lambda path, body: zipped(path, body),
-    "legacy": lambda path, body: path.write_bytes(MAGIC + body) and path or path,
-    "bare": lambda path, body: path.write_bytes(body) and path or path,
+    "legacy": lambda path, body: bare(path, MAGIC + body),
+    "bare": lambda path, body: bare(path, body),
 }
 
 
@@ -359,7 +365,8 @@ def test_impossible_storage_sizes(tmp_path: Path, count: int) -> None:
 
 def test_impossible_storage_lists(tmp_path: Path) -> None:
     path = tmp_path / "m.bin"
-    for keys in ({}, [1], ["0", "0"], [["0"]], None, ["1"], []):
+    lists: list[Any] = [{}, [1], ["0", "0"], [["0"]], None, ["1"], []]
+    for keys in lists:
         path.write_bytes(MAGIC + tensor_pickle() + pickle.dumps(keys, 2) + struct.pack("<q", 4) + FOUR)
         assert "damaged" in refused(path)
 
@@ -542,7 +549,7 @@ def test_no_bytes_are_read_before_they_are_asked_for(tmp_path: Path, monkeypatch
     def counting_open(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         assert mode == "rb", "a model file is only ever read"
         opened.append(self)
-        return Counting(plain(self, mode, *args, **kwargs).detach())  # type: ignore[union-attr]
+        return Counting(plain(self, mode, *args, **kwargs).detach())  # type: ignore[attr-defined]
 
     for legacy in (True, False):
         path = save(tmp_path / "m.bin", value, legacy)
@@ -640,7 +647,7 @@ def test_archives_that_are_something_else(tmp_path: Path) -> None:
     assert "compressed or encrypted" in refused(path)
     zipped(path, tensor_pickle(legacy=False))
     assert "record data/0 is missing" in refused(path)
-    zipped(path, b"N" * (pickles.MAX_HEAD + 1))
+    zipped(path, b"N" * (pickle_reader.MAX_HEAD + 1))
     assert "has a data.pkl of" in refused(path)
 
 
@@ -653,7 +660,7 @@ def test_a_hostile_zip_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_real_torchscript_program(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     module = torch.nn.Linear(2, 2)
-    torch.jit.save(torch.jit.trace(module, torch.ones(1, 2)), str(path))
+    torch.jit.save(torch.jit.trace(module, torch.ones(1, 2)), str(path))  # type: ignore[no-untyped-call]
     assert "is a TorchScript program" in refused(path)
 
 

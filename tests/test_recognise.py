@@ -388,7 +388,7 @@ def test_full_clip_with_its_text_tower() -> None:
 def demo_encoder(layers: int) -> Tensors:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(
+    config = CLIPVisionConfig(  # type: ignore[no-untyped-call]
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=layers,
@@ -413,7 +413,7 @@ def test_the_widths_that_transformers_gives_public_towers() -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     for row in ENCODERS:
-        config = CLIPVisionConfig(
+        config = CLIPVisionConfig(  # type: ignore[no-untyped-call]
             hidden_size=row.width,
             intermediate_size=row.mlp_width,
             num_hidden_layers=row.layers,

@@ -1,7 +1,7 @@
 """The embedded host: a small WebUI in which always-visible extensions run without a real one.
 
 Diffusion, text and pictures are done by diffusers' and transformers' own networks at small width with random weights;
-the shell around them looks to an extension like Forge: the same modules, callbacks, call order, row order, API and page.
+the shell around them looks like Forge to an extension: the same modules, callbacks, call and row order, API and page.
 
     from tests.embedded import Host
     with Host("sd15", models_path=folder) as host:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
+import traceback
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from fastapi import Body, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from .images import decode_base64_to_image, encode_pil_to_base64
 from .infotext import parse_generation_parameters
-from .sampling import resolve
 from .samplers import SAMPLERS
+from .sampling import resolve
 from .schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class Api:
         app, host = self.app, self.host
 
         @app.post("/sdapi/v1/txt2img")
-        def txt2img(request: Request, fields: dict[str, Any] = Body(...)) -> Any:
+        def txt2img(request: Request, fields: dict[str, Any]) -> Any:
             return self._answer(request, "txt2img", fields)
 
         @app.post("/sdapi/v1/img2img")
-        def img2img(request: Request, fields: dict[str, Any] = Body(...)) -> Any:
+        def img2img(request: Request, fields: dict[str, Any]) -> Any:
             return self._answer(request, "img2img", fields)
 
         @app.get("/sdapi/v1/scripts")
@@ -104,13 +105,16 @@ class Api:
             return jsonable_encoder(host.opts.data)
 
         @app.post("/sdapi/v1/options")
-        def set_options(values: dict[str, Any] = Body(...)) -> None:
+        def set_options(values: dict[str, Any]) -> None:
             for key, value in values.items():
                 host.opts.set(key, value, is_api=True)
 
         @app.get("/sdapi/v1/samplers")
         def samplers() -> Any:
-            return [{"name": s.name, "aliases": s.aliases, "options": {k: str(v) for k, v in s.options.items()}} for s in SAMPLERS]
+            return [
+                {"name": s.name, "aliases": s.aliases, "options": {k: str(v) for k, v in s.options.items()}}
+                for s in SAMPLERS
+            ]
 
         @app.get("/sdapi/v1/schedulers")
         def schedulers() -> Any:
@@ -143,7 +147,7 @@ class Api:
             return [{**entry, "filename": info.filename, "config": None}]
 
         @app.post("/sdapi/v1/png-info")
-        def png_info(fields: dict[str, Any] = Body(...)) -> Any:
+        def png_info(fields: dict[str, Any]) -> Any:
             image = decode_base64_to_image(fields["image"].strip())
             text = str(image.info.get("parameters", ""))
             params = parse_generation_parameters(text)
@@ -159,7 +163,10 @@ class Api:
         except HTTPException:
             raise
         except Exception as error:
-            self.host.reports.report(f"API error: {request.method}: {request.url}", error)
+            if "status_code" in vars(error):
+                print(f"API error: {request.method}: {request.url} {type(error).__name__}: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
             return handle_exception(request, error)
 
     def run(self, tab: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -214,13 +221,8 @@ class Api:
                 raise HTTPException(status_code=422, detail=f"Script '{name}' not found")
             if not script.alwayson:
                 raise HTTPException(422, "Cannot have a selectable script in the always on scripts params")
-            assert script.args_from is not None and script.args_to is not None
+            assert script.args_from is not None
+            assert script.args_to is not None
             for i, value in enumerate(given.get("args", [])[: script.args_to - script.args_from]):
                 args[script.args_from + i] = value
         return args
-
-
-def info_of(answer: dict[str, Any]) -> dict[str, Any]:
-    """The parsed ``info`` of an answer."""
-    parsed: dict[str, Any] = json.loads(answer["info"])
-    return parsed

@@ -31,7 +31,10 @@ def attention_function(
     attn_precision: torch.dtype | None = None,
     skip_reshape: bool = False,
 ) -> torch.Tensor:
-    """The host's attention: ``[B, tokens, heads * dim]`` in and out (with ``skip_reshape``: ``[B, heads, tokens, dim]`` in)."""
+    """The host's attention, ``[B, tokens, heads * dim]`` in and out.
+
+    With ``skip_reshape`` the inputs are ``[B, heads, tokens, dim]``.
+    """
     if skip_reshape:
         batch, _, _, dim = q.shape
     else:
@@ -120,10 +123,7 @@ class PatchableAttention:
                 n, context, value = patch(n, context, value, extra)
         q, k, v = attn.to_q(n), attn.to_k(context), attn.to_v(value)
         replacement = patched.replacement(self.kind, self.place) if patched is not None else None
-        if replacement is not None:
-            out = replacement(q, k, v, extra)
-        else:
-            out = attention_function(q, k, v, attn.heads)
+        out = replacement(q, k, v, extra) if replacement is not None else attention_function(q, k, v, attn.heads)
         for module in attn.to_out:
             out = module(out)
         if patched is not None:

@@ -101,7 +101,9 @@ class InputAccordionImpl(gr.Checkbox):
         )
         # what gradio makes the component anew from when a function updates it: the checkbox alone
         self._constructor_args = self._constructor_args[-1:]
-        self.change(fn=None, js=f"(ticked) => {{ inputAccordionChecked('{self.accordion_id}', ticked); }}", inputs=[self])
+        self.change(
+            fn=None, js=f"(ticked) => {{ inputAccordionChecked('{self.accordion_id}', ticked); }}", inputs=[self]
+        )
         self.accordion = gr.Accordion(
             label=label,
             elem_id=self.accordion_id,
@@ -130,9 +132,17 @@ def InputAccordion(value: bool | None = None, **kwargs: Any) -> InputAccordionIm
     return InputAccordionImpl(value=value, setup=True, **kwargs)
 
 
-FORM_NAMES = (
-    "FormComponent FormRow FormColumn FormGroup FormHTML ToolButton DropdownMulti InputAccordion InputAccordionImpl"
-).split()
+FORM_NAMES = [
+    "FormComponent",
+    "FormRow",
+    "FormColumn",
+    "FormGroup",
+    "FormHTML",
+    "ToolButton",
+    "DropdownMulti",
+    "InputAccordion",
+    "InputAccordionImpl",
+]
 """Names that ``modules.ui_components`` offers."""
 
 

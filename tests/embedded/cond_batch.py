@@ -74,9 +74,7 @@ def join_contexts(contexts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([c.repeat(1, length // c.shape[1], 1) for c in contexts])
 
 
-def _transformer_options(
-    model_options: dict[str, Any], roles: list[int], timestep: torch.Tensor
-) -> dict[str, Any]:
+def _transformer_options(model_options: dict[str, Any], roles: list[int], timestep: torch.Tensor) -> dict[str, Any]:
     """The host's per-call options: one entry of ``cond_or_uncond`` per chunk of ``len(timestep)`` rows."""
     size = timestep.shape[0]
     rows = [role for role in roles for _ in range(size)]
@@ -182,6 +180,8 @@ def denoise_a1111(
         if c_vector is not None:
             vectors = c_vector if u_vector is None else torch.cat([c_vector, u_vector])
             vectors = vectors[a:b]
-        options = _transformer_options(model_options, [COND if i < n_cond else UNCOND for i in range(a, b)], sigma[a : a + 1])
+        options = _transformer_options(
+            model_options, [COND if i < n_cond else UNCOND for i in range(a, b)], sigma[a : a + 1]
+        )
         outputs.append(_call(model, model_options, x[a:b], sigma[a:b], torch.cat(contexts), vectors, options))
     return torch.cat(outputs)

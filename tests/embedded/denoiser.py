@@ -90,11 +90,11 @@ class CFGDenoiser(torch.nn.Module):
             return epsilon
         return denoised
 
-    def _announce(self, x: torch.Tensor, image_cond: Any, sigma: torch.Tensor, cond: Any, uncond: Any) -> CFGDenoiserParams:
+    def _announce(
+        self, x: torch.Tensor, image_cond: Any, sigma: torch.Tensor, cond: Any, uncond: Any
+    ) -> CFGDenoiserParams:
         state = self.host.state
-        params = CFGDenoiserParams(
-            x, image_cond, sigma, state.sampling_step, state.sampling_steps, cond, uncond, self
-        )
+        params = CFGDenoiserParams(x, image_cond, sigma, state.sampling_step, state.sampling_steps, cond, uncond, self)
         self.host.callbacks.run("cfg_denoiser", params)
         return params
 

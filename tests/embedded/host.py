@@ -203,7 +203,12 @@ class Host:
             self._running.pop()
 
     def _record(
-        self, x: torch.Tensor, sigma: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, options: dict[str, Any]
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        options: dict[str, Any],
     ) -> None:
         p = self._running[-1] if self._running else None
         denoiser = getattr(getattr(p, "sampler", None), "model_wrap_cfg", None)
@@ -227,7 +232,9 @@ class Host:
         if self.verbose:
             state = self.state
             job = f"{state.job}: " if state.job.startswith("Batch") else ""
-            print(f"\r{job}step {state.sampling_step + 1} of {state.sampling_steps} ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{job}step {state.sampling_step + 1} of {state.sampling_steps} ", end="", file=sys.stderr, flush=True
+            )
             if state.sampling_step + 1 >= state.sampling_steps:
                 print(file=sys.stderr)
 
@@ -255,7 +262,7 @@ class Host:
     def _request(self, tab: str, fields: dict[str, Any]) -> Result:
         answer = self.api.run(tab, fields)
         info = json.loads(answer["info"])
-        decoded = [Image.open(io.BytesIO(base64.b64decode(x))) for x in answer["images"]]
+        decoded: list[Image.Image] = [Image.open(io.BytesIO(base64.b64decode(x))) for x in answer["images"]]
         for image in decoded:
             image.load()
         return Result(decoded, info["infotexts"], info, answer["parameters"])

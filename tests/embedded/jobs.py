@@ -100,9 +100,7 @@ class Txt2Img(Processing):
         size = (self.hr_upscale_to_y // OPT_F, self.hr_upscale_to_x // OPT_F)
         samples = F.interpolate(samples, size=size, **self.latent_scale_mode)
         self.host.state.nextjob()
-        self.rng = ImageRNG(
-            tuple(samples.shape[1:]), self.seeds, samples.device, self.subseeds, self.subseed_strength
-        )
+        self.rng = ImageRNG(tuple(samples.shape[1:]), self.seeds, samples.device, self.subseeds, self.subseed_strength)
         noise = self.rng.next()
         span = slice(self.iteration * self.batch_size, (self.iteration + 1) * self.batch_size)
         if self.scripts is not None and not self.disable_extra_networks:

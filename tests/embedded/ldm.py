@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from .attention import PatchableAttention, PatchedCall, Place
@@ -18,7 +17,7 @@ class DiffusionModel(nn.Module):
     its LDM name. Spatial transformers sit at ``block[1]``, as in LDM's UNets.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self._unet = (unet,)
         self.time_embed = unet.time_embedding
@@ -41,7 +40,7 @@ class DiffusionModel(nn.Module):
         self._number_attention()
 
     @property
-    def unet(self) -> UNet2DConditionModel:
+    def unet(self) -> Any:
         """The diffusers UNet whose modules these are."""
         return self._unet[0]
 
@@ -69,7 +68,10 @@ class DiffusionModel(nn.Module):
         control: Any = None,
         transformer_options: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """``x [B, 4, H, W]``, ``timesteps [B]``, ``context [B, tokens, width]``, ``y [B, vector]`` -> ``[B, 4, H, W]``."""
+        """The UNet's output, shaped like ``x [B, 4, H, W]``.
+
+        ``timesteps [B]``; ``context [B, tokens, width]``; ``y [B, vector]`` for SDXL.
+        """
         if control is not None:
             raise ValueError("this UNet takes no ControlNet residuals: control must be None")
         patched = None

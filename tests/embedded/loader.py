@@ -49,7 +49,8 @@ class Extension:
 def load_module(path: str) -> ModuleType:
     """Execute a file as a module named after it. Like the hosts, doesn't enter it in ``sys.modules``."""
     spec = importlib.util.spec_from_file_location(os.path.basename(path), path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -75,9 +76,8 @@ def load_scripts(
             sys.path = [file.basedir, *sys.path]
             set_basedir(file.basedir)
             module = load_module(file.path)
-            for value in list(vars(module).values()):
-                if inspect.isclass(value) and issubclass(value, Script):
-                    found.append(ScriptClassData(value, file.path, file.basedir, module))
+            classes = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, Script)]
+            found += [ScriptClassData(c, file.path, file.basedir, module) for c in classes]
         except Exception as error:
             reports.report(f"Error loading script: {file.filename}", error)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -46,15 +45,19 @@ class Page:
         self.tabs: dict[str, Tab] = {}
         # as on Forge, jobs of the page run in another thread than gradio's: toasts have no effect there
         self._worker = ThreadPoolExecutor(1)
-        with gr.Blocks(title="Embedded host", head=self._head(), css=self._css(), analytics_enabled=False) as self.blocks:
-            with gr.Tabs(elem_id="tabs"):
-                for name in ("txt2img", "img2img"):
-                    with gr.Tab(name, id=name, elem_id=f"tab_{name}"):
-                        self._tab(name)
-                for extra in host.callbacks.run("ui_tabs"):
-                    for blocks, title, ident in extra or []:
-                        with gr.Tab(title, id=ident, elem_id=f"tab_{ident}"):
-                            blocks.render()
+        with (
+            gr.Blocks(
+                title="Embedded host", head=self._head(), css=self._css(), analytics_enabled=False
+            ) as self.blocks,
+            gr.Tabs(elem_id="tabs"),
+        ):
+            for name in ("txt2img", "img2img"):
+                with gr.Tab(name, id=name, elem_id=f"tab_{name}"):
+                    self._tab(name)
+            for extra in host.callbacks.run("ui_tabs"):
+                for blocks, title, ident in extra or []:
+                    with gr.Tab(title, id=ident, elem_id=f"tab_{ident}"):
+                        blocks.render()
 
     def mount(self, app: FastAPI) -> None:
         """Serve the page at the root of an app that has its other routes already."""
@@ -63,7 +66,8 @@ class Page:
     def _head(self) -> str:
         scripts = [ASSETS / "script.js", *self._files("javascript", ".js", ".mjs")]
         return "\n".join(
-            f"<script{' type=module' if f.suffix == '.mjs' else ''}>\n{f.read_text('utf-8')}\n</script>" for f in scripts
+            f"<script{' type=module' if f.suffix == '.mjs' else ''}>\n{f.read_text('utf-8')}\n</script>"
+            for f in scripts
         )
 
     def _css(self) -> str:
@@ -71,8 +75,7 @@ class Page:
         return "\n".join(f.read_text("utf-8") for f in styles if f.is_file())
 
     def _files(self, folder: str, *suffixes: str) -> list[Path]:
-        files = [Path(f.path) for e in self.host.extensions for s in suffixes for f in e.list_files(folder, s)]
-        return files
+        return [Path(f.path) for e in self.host.extensions for s in suffixes for f in e.list_files(folder, s)]
 
     def _tab(self, name: str) -> None:
         tab = self.tabs[name] = Tab(name)
@@ -123,7 +126,9 @@ class Page:
                     cfg = gr.Slider(1, 30, 7, step=0.5, label="CFG Scale", elem_id=f"{name}_cfg_scale")
                     add("cfg_scale", cfg, "CFG scale")
                     if name == "img2img":
-                        strength = gr.Slider(0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoise")
+                        strength = gr.Slider(
+                            0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoise"
+                        )
                         add("denoising_strength", strength, "Denoising strength")
                     add("seed", gr.Number(-1, label="Seed", precision=0, elem_id=f"{name}_seed"), "Seed")
                 tab.script_inputs = self.host.runners[name].setup_ui()
@@ -219,8 +224,3 @@ class Page:
             return gr.update(value=float(value) if kind is int else kind(value))
         except (TypeError, ValueError):
             return gr.update()
-
-
-def script_args_json(values: tuple[Any, ...]) -> str:
-    """Script args as JSON, for logs."""
-    return json.dumps([v if isinstance(v, bool | int | float | str | type(None)) else repr(v) for v in values])

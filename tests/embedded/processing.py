@@ -106,6 +106,10 @@ class Processing:
         self.latents_after_sampling: list[torch.Tensor] = []
         self.extra_result_images: list[Image.Image] = []
         self.cached_c = self.cached_uc = None
+        self.all_prompts: list[str] = []
+        self.all_negative_prompts: list[str] = []
+        self.all_seeds: list[int] = []
+        self.all_subseeds: list[int] = []
         self.c: Any = None
         self.uc: Any = None
 
@@ -203,11 +207,28 @@ class Processed:
 
     def js(self) -> str:
         """The API's ``info``."""
-        keys = (
-            "prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds width height "
-            "sampler_name cfg_scale steps batch_size denoising_strength extra_generation_params index_of_first_image "
-            "infotexts sd_model_name sd_model_hash"
-        ).split()
+        keys = [
+            "prompt",
+            "all_prompts",
+            "negative_prompt",
+            "all_negative_prompts",
+            "seed",
+            "all_seeds",
+            "subseed",
+            "all_subseeds",
+            "width",
+            "height",
+            "sampler_name",
+            "cfg_scale",
+            "steps",
+            "batch_size",
+            "denoising_strength",
+            "extra_generation_params",
+            "index_of_first_image",
+            "infotexts",
+            "sd_model_name",
+            "sd_model_hash",
+        ]
         return json.dumps({key: getattr(self, key) for key in keys}, default=lambda value: None, ensure_ascii=False)
 
 
@@ -294,7 +315,7 @@ def _process(p: Processing) -> Processed:
 
 def _one_batch(p: Processing, n: int) -> Any:
     """Latents and pictures of batch ``n``: ``[B, 3, H, W]`` in 0..1, or a list; None if it is empty."""
-    host, state, model, scripts = p.host, p.host.state, p.sd_model, p.scripts
+    state, model, scripts = p.host.state, p.sd_model, p.scripts
     model.forge_objects = model.forge_objects_original.shallow_copy()
     p.take_batch(n)
     shape = (model.forge_objects.vae.latent_channels, p.height // OPT_F, p.width // OPT_F)

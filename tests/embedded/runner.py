@@ -25,7 +25,7 @@ class ScriptRunner:
         self.paste_field_names: list[str] = []
 
     def initialize_scripts(self, is_img2img: bool, classes: Sequence[Any]) -> None:
-        """Make one instance of every class (entries with ``script_class`` and ``path``) that wants to be on this tab."""
+        """Make one instance of every class (entries with ``script_class`` and ``path``) that wants to be here."""
         self.scripts, self.selectable_scripts, self.alwayson_scripts = [], [], []
         for entry in classes:
             try:
@@ -138,7 +138,13 @@ class ScriptRunner:
 
 
 def _arg_info(component: Any) -> dict[str, Any]:
-    info: dict[str, Any] = {"label": component.label or "", "value": None, "minimum": None, "maximum": None, "step": None}
+    info: dict[str, Any] = {
+        "label": component.label or "",
+        "value": None,
+        "minimum": None,
+        "maximum": None,
+        "step": None,
+    }
     for key in ("value", "minimum", "maximum", "step"):
         value = getattr(component, key, None)
         if value is not None:

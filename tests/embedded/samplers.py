@@ -84,7 +84,12 @@ def dpmpp_2m(
 
 
 def ddim(
-    model: Model, x: torch.Tensor, timesteps: torch.Tensor, alphas: torch.Tensor, extra: dict[str, Any], callback: Callback
+    model: Model,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas: torch.Tensor,
+    extra: dict[str, Any],
+    callback: Callback,
 ) -> torch.Tensor:
     """DDIM (Song et al. 2021, eq. 12 with sigma 0) over ascending ``timesteps``, as the hosts loop over them.
 

@@ -55,7 +55,7 @@ def make_unet(shape: Shape, seed: int) -> UNet2DConditionModel:
             down_block_types=tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in shape.depths),
             up_block_types=tuple("CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(shape.depths)),
             layers_per_block=2,
-            transformer_layers_per_block=tuple(max(d, 1) for d in shape.depths[:-1]) + (shape.mid_depth,),
+            transformer_layers_per_block=(*tuple(max(d, 1) for d in shape.depths[:-1]), shape.mid_depth),
             attention_head_dim=shape.heads,
             cross_attention_dim=shape.context,
             norm_num_groups=16,

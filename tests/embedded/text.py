@@ -1,4 +1,4 @@
-"""Text to context: a byte-level tokeniser in 75-token chunks and transformers' ``CLIPTextModel`` with random weights."""
+"""Text to context: a byte-level tokeniser in 75-token chunks, and transformers' ``CLIPTextModel``."""
 
 from __future__ import annotations
 

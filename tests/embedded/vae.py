@@ -47,7 +47,7 @@ class VAE:
         self.first_stage_model = module
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` in -1..1 -> latents ``[B, 4, H/8, W/8]`` (the mean: no noise, so requests repeat exactly)."""
+        """``[B, 3, H, W]`` in -1..1 -> latents ``[B, 4, H/8, W/8]`` (the mean, so requests repeat exactly)."""
         return self.first_stage_model.encode(pixels).latent_dist.mode()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

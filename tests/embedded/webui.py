@@ -1,4 +1,4 @@
-"""Stand-ins for the packages ``modules``, ``modules_forge`` and ``backend`` that extensions import on the Forge line."""
+"""Stand-ins for ``modules``, ``modules_forge`` and ``backend``, which extensions import on the Forge line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import attention, callbacks, components, images, infotext, patcher, predictor, processing, prompts
-from . import scripts_api, state
+from . import (
+    attention,
+    callbacks,
+    components,
+    images,
+    infotext,
+    patcher,
+    predictor,
+    processing,
+    prompts,
+    scripts_api,
+    state,
+)
 from .denoiser import CFGDenoiser, InterruptedException
 from .jobs import LATENT_UPSCALERS
-from .sampling import Sampler, create_sampler
 from .samplers import SAMPLERS, SAMPLERS_BY_NAME
+from .sampling import Sampler, create_sampler
 from .schedules import SCHEDULES, SCHEDULES_BY_NAME
 
 if TYPE_CHECKING:
@@ -43,9 +54,8 @@ def make_modules(host: Host) -> dict[str, ModuleType]:
     made: dict[str, ModuleType] = {}
     for name, values in contents.items():
         live = {k[1:]: v for k, v in values.items() if k.startswith("*")}
-        module = _Live(name, live)
-        vars(module).update({k: v for k, v in values.items() if not k.startswith("*")})
-        made[name] = module
+        made[name] = _Live(name, live)
+        vars(made[name]).update({k: v for k, v in values.items() if not k.startswith("*")})
     for name in list(made):
         parts = name.split(".")
         for i in range(1, len(parts)):
@@ -80,12 +90,18 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
     runners = host.runners
     script_names = {
         name: getattr(scripts_api, name)
-        for name in (
-            "AlwaysVisible Script OnComponent PostSampleArgs PostprocessImageArgs PostProcessMaskOverlayArgs "
-            "PostprocessBatchListArgs MaskBlendArgs"
-        ).split()
+        for name in [
+            "AlwaysVisible",
+            "Script",
+            "OnComponent",
+            "PostSampleArgs",
+            "PostprocessImageArgs",
+            "PostProcessMaskOverlayArgs",
+            "PostprocessBatchListArgs",
+            "MaskBlendArgs",
+        ]
     }
-    param_names = "CFGDenoiserParams CFGDenoisedParams AfterCFGCallbackParams ImageSaveParams".split()
+    param_names = ["CFGDenoiserParams", "CFGDenoisedParams", "AfterCFGCallbackParams", "ImageSaveParams"]
     info = {
         "quote": infotext.quote,
         "unquote": infotext.unquote,
@@ -163,11 +179,17 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
         },
         "modules.prompt_parser": {
             name: getattr(prompts, name)
-            for name in (
-                "SdConditioning ScheduledPromptConditioning ComposableScheduledPromptConditioning "
-                "MulticondLearnedConditioning DictWithShape get_learned_conditioning "
-                "get_multicond_learned_conditioning reconstruct_cond_batch reconstruct_multicond_batch"
-            ).split()
+            for name in [
+                "SdConditioning",
+                "ScheduledPromptConditioning",
+                "ComposableScheduledPromptConditioning",
+                "MulticondLearnedConditioning",
+                "DictWithShape",
+                "get_learned_conditioning",
+                "get_multicond_learned_conditioning",
+                "reconstruct_cond_batch",
+                "reconstruct_multicond_batch",
+            ]
         },
         "modules.sd_models": {"*model_data": lambda: components.ModelData(host.sd_model)},
         "modules.sd_samplers": {

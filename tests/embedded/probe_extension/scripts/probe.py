@@ -85,7 +85,7 @@ class ProbeScript(scripts.Script):
         if wanted:
             p.extra_generation_params["Probe"] = args[1]
             p.extra_generation_params["Probe list"] = ["first", "second"]
-            p.extra_generation_params["Probe text"] = "äöü, \"quoted\": back\\slash\nnew line 日本"
+            p.extra_generation_params["Probe text"] = 'äöü, "quoted": back\\slash\nnew line 日本'
             p.extra_generation_params["Probe nothing"] = None
         if "init" in wanted:
             p.init = raiser(UserError(wanted["init"], wanted.get("status", 422)))
