@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +14,11 @@ from PIL import Image
 
 import tests.embedded.attention
 from tests.embedded import Host
-from tests.embedded.demo_models import DemoModels, make_demo_models
+from tests.embedded.demo_models import DemoModels
+from tests.embedded_hosts import TITLE, host, host_of, models, request, unit  # noqa: F401 (fixtures)
 from tests.photos import base64_photo
 
-TITLE = "IP-Adapter"
 TEXT_TOKENS = 77
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> DemoModels:
-    return make_demo_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def hosts(models: DemoModels) -> Iterator[dict[str, Any]]:
-    """The host in use, one at a time: a shape's host is started when a test asks for another shape."""
-    running: dict[str, Any] = {}
-    yield running
-    for host in running.values():
-        host.close()
-
-
-@pytest.fixture
-def host_of(hosts: dict[str, Any], models: DemoModels) -> Any:
-    def get(shape: str, **options: Any) -> Host:
-        key = f"{shape} {options}"
-        if key not in hosts:
-            for other in hosts.values():
-                other.close()
-            hosts.clear()
-            hosts[key] = Host(shape, models_path=models.models_path, **options)
-        return hosts[key]
-
-    return get
-
-
-@pytest.fixture
-def host(host_of: Any) -> Host:
-    return host_of("sd15")
-
-
-def unit(kind: str = "base", shape: str = "sd15", photos: tuple[str, ...] = ("astronaut",), **fields: Any) -> dict[str, Any]:
-    return {"model": f"demo-{kind}-{shape}.safetensors", "images": [base64_photo(name) for name in photos], **fields}
-
-
-def request(*units: Any, **fields: Any) -> dict[str, Any]:
-    wanted = {"prompt": "a red house", "steps": 2, "width": 64, "height": 64, "seed": 1, "cfg_scale": 5.0, **fields}
-    if units:
-        wanted["alwayson_scripts"] = {TITLE: {"args": [True, *units]}}
-    return wanted
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Function attribute by which our replacements are known again: what stood in the layer before.
 REPLACES = "image_prompt_replaces"
+# And whether it stood at the shorter of the two keys that a layer can have.
+FROM_SHORTER_KEY = "image_prompt_from_shorter_key"
 
 
 class ComfyHost:
@@ -96,8 +98,8 @@ class ComfyHost:
         )
         there = _replacements(unet)
         for layer, key in enumerate(info.keys):
-            previous = _not_ours(there.get(tuple(key)) or there.get(tuple(key)[:2]))
-            unet.set_model_attn2_replace(_chained(layer, current, self.attention, previous), *key)
+            replacement = _chained(layer, current, self.attention, *_previous(there, tuple(key)))
+            unet.set_model_attn2_replace(replacement, *key)
         p.sd_model.forge_objects.unet = unet
 
     def detach(self, p: Any) -> None:
@@ -122,12 +124,11 @@ class ComfyHost:
         if unet.model.diffusion_model is not identity:
             return False
         there = _replacements(unet)
-        overwritten = any(not _is_ours(there.get(tuple(key))) for key in _unet_info(unet).keys)
-        shadowed = any(
-            len(key) == 2 and not _is_ours(each) and not _chains(there, key, each) for key, each in there.items()
-        )
-        if overwritten or shadowed:
-            self.attach(p, injection)
+        for key in map(tuple, _unet_info(unet).keys):
+            ours = there.get(key)
+            if not _is_ours(ours) or getattr(ours, REPLACES)() is not _previous(there, key)[0]:
+                self.attach(p, injection)
+                break
         return True
 
     def on_step(self, params: Any) -> None:
@@ -170,6 +171,7 @@ class ComfyHost:
             raise IPAdapterError(message)
 
         setattr(raiser, REPLACES, lambda: None)
+        setattr(raiser, FROM_SHORTER_KEY, True)
         unet = _unet(p).clone()
         for key, _ in cross_attention(unet.model.diffusion_model):
             unet.set_model_attn2_replace(raiser, *key)
@@ -213,14 +215,21 @@ def _not_ours(replacement: Any) -> Any:
     return replacement
 
 
-def _chains(there: Mapping[tuple[Any, ...], Any], key: tuple[Any, ...], replacement: Any) -> bool:
-    """Whether our replacements of this block call the one that stands at its shorter key."""
-    return all(
-        getattr(each, REPLACES)() is replacement for other, each in there.items() if other[:2] == key and _is_ours(each)
-    )
+def _previous(there: Mapping[tuple[Any, ...], Any], key: tuple[Any, ...]) -> tuple[Any, bool]:
+    """What the host would call in a layer without us, and whether it stands at the block's shorter key.
+
+    Ours stand at ``(block, number, depth)``, which hides ``(block, number)``. Someone may have written to the shorter
+    key after us.
+    """
+    here = there.get(key)
+    if here is not None and not (_is_ours(here) and getattr(here, FROM_SHORTER_KEY)):
+        return _not_ours(here), False
+    return _not_ours(there.get(key[:2])), True
 
 
-def _chained(layer: int, current: CurrentPlan, attention: Attention, previous: Replacement | None) -> Replacement:
+def _chained(
+    layer: int, current: CurrentPlan, attention: Attention, previous: Replacement | None, from_shorter_key: bool
+) -> Replacement:
     """Our replacement for a layer, marked so that it is known again, and open to Forge's built-in adapter.
 
     The built-in calls ``set_new_condition`` on whatever it finds in a layer where it wants to add itself.
@@ -245,6 +254,7 @@ def _chained(layer: int, current: CurrentPlan, attention: Attention, previous: R
                 chain[0] = built_in.CrossAttentionPatch(*args, **kwargs)
 
     setattr(replacement, REPLACES, lambda: chain[0])
+    setattr(replacement, FROM_SHORTER_KEY, from_shorter_key)
     replacement.set_new_condition = set_new_condition  # type: ignore[attr-defined]
     return replacement
 
