@@ -137,8 +137,8 @@ def download_text(packages_mb: "int | None", torch_mb: "int | None", system: str
     packages = "about 200 MB" if packages_mb is None else f"{packages_mb} MB"
     rest = "What pip has in its cache, or finds on this machine, it doesn't download again."
     if torch_mb is None:
-        return f"To download: up to {packages} of packages. {rest}"
-    text = f"To download: up to {packages} of packages and {torch_mb:,} MB of torch. {rest}"
+        return f"To download: up to {packages} of packages.\n{rest}"
+    text = f"To download: up to {packages} of packages and {torch_mb:,} MB of torch.\n{rest}"
     if system == "Linux":
         text += (
             "\nFor Linux the package index has torch as a CUDA build with its libraries, several GB on the disk."

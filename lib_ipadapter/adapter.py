@@ -67,9 +67,9 @@ class IPAdapterModel(nn.Module):
     @property
     def layer_widths(self) -> tuple[int, ...]:
         """Width of every cross-attention layer, in the file's order."""
-        return tuple(int(to.weight.shape[0]) for to in list(self.ip_layers.to_kvs)[::2])
+        return self.ip_layers.widths[::2]
 
     @property
     def context_width(self) -> int:
         """Width of the image tokens."""
-        return int(self.ip_layers.to_kvs[0].weight.shape[1])
+        return self.ip_layers.context_width

@@ -127,7 +127,9 @@ def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVi
     size = encoder.kind.image_size
     if source == "zero embeds":
         patches = (size // encoder.kind.patch) ** 2 + 1
-        return torch.zeros((1, kind.embedding_width) if kind.output == "image_embeds" else (1, patches, kind.embedding_width))
+        return torch.zeros(
+            (1, kind.embedding_width) if kind.output == "image_embeds" else (1, patches, kind.embedding_width)
+        )
     if source == "zero pixels":
         return encode(run, encoder, kind.output, torch.zeros(1, 3, size, size))
     if source == "black picture":

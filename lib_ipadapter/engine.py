@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -73,7 +74,7 @@ class Engine:
         has = {"image_embeds": encoder.kind.projection, "penultimate": encoder.kind.width}
         return has[adapter.kind.output] == adapter.kind.embedding_width
 
-    def preprocess(self, img: np.ndarray, ip_adapter_path: str) -> tuple[list[Tensor], list[Tensor]]:
+    def preprocess(self, img: npt.NDArray[np.uint8], ip_adapter_path: str) -> tuple[list[Tensor], list[Tensor]]:
         """A picture's K/V and those of no picture; see :func:`preprocess`."""
         if ip_adapter_path not in self.ip_adapters:
             raise IPAdapterError(f"The adapter {ip_adapter_path} isn't loaded: call load_ip_adapter first.")
@@ -102,9 +103,7 @@ class Engine:
 _default = Engine()
 
 
-def load_ip_adapter(
-    clip_vision_path: str | None, ip_negative_path: str | None, ip_adapter_path: str | None
-) -> None:
+def load_ip_adapter(clip_vision_path: str | None, ip_negative_path: str | None, ip_adapter_path: str | None) -> None:
     """Loads an image encoder, a negative and an adapter for :func:`preprocess`; what is loaded stays.
 
     Args:
@@ -118,7 +117,7 @@ def load_ip_adapter(
     _default.load_ip_adapter(clip_vision_path, ip_negative_path, ip_adapter_path)
 
 
-def preprocess(img: np.ndarray, ip_adapter_path: str) -> tuple[list[Tensor], list[Tensor]]:
+def preprocess(img: npt.NDArray[np.uint8], ip_adapter_path: str) -> tuple[list[Tensor], list[Tensor]]:
     """A picture's K/V for every cross-attention layer, and those of no picture.
 
     Args:

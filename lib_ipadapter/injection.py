@@ -28,8 +28,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Plain multi-head attention: ``q [B, N, C]``, ``k`` and ``v`` ``[B, M, C]`` to ``[B, N, C]``."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_split_heads(t, heads) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _split_heads(t: Tensor, heads: int) -> Tensor:
+    return t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Term:
         """The same with every K and V changed by ``function``, shared ones once."""
         images = {id(image): image for role in self.prompts.values() for image in role}
         changed = {key: image.map(function) for key, image in images.items()}
-        prompts = {role: tuple(changed[id(image)] for image in role_images) for role, role_images in self.prompts.items()}
+        prompts = {
+            role: tuple(changed[id(image)] for image in role_images) for role, role_images in self.prompts.items()
+        }
         return Term(self.formulation, self.window, prompts)
 
 
@@ -155,7 +161,10 @@ class _Group:
 
 
 def _group(
-    roles: Sequence[int], text_tokens: Mapping[int, int], images: Mapping[int, tuple[ImageKV, ...]], device: torch.device
+    roles: Sequence[int],
+    text_tokens: Mapping[int, int],
+    images: Mapping[int, tuple[ImageKV, ...]],
+    device: torch.device,
 ) -> list[_Group]:
     """The rows whose role is in ``text_tokens``, grouped by their numbers of text and image tokens."""
     kinds = {role: (count, sum(image.tokens for image in images.get(role, ()))) for role, count in text_tokens.items()}
@@ -235,8 +244,8 @@ class Plan:
         """What one softmax over text and image gives, from the output ``out`` of the text's alone.
 
         For hosts that let nobody between ``q, k, v`` and the output. With lse the log-sum-exp of a query's scaled
-        logits, one softmax over both is ``(1 - g) out + g out_image``, ``g = sigmoid(lse_image - lse_text)``. The text's
-        logits are computed a second time.
+        logits, one softmax over both is ``(1 - g) out + g out_image``, ``g = sigmoid(lse_image - lse_text)``. The
+        text's logits are computed a second time.
         """
         for group in self.joined:
             if not any(run.images for run in group.runs):
@@ -259,7 +268,7 @@ def _changed(whole: Tensor, index: slice | Tensor, part: Tensor) -> Tensor:
 
 def _log_sum_exp(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """Of each query's scaled logits, in float32: ``[B, N, heads]``."""
-    q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
+    q, k = (_split_heads(t, heads).float() for t in (q, k))
     return torch.logsumexp(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).transpose(1, 2)
 
 

@@ -48,6 +48,16 @@ class To_KV(nn.Module):
             )
         self.to_kvs = nn.ModuleList(_linear(weight) for weight in weights)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of every K and V, in order."""
+        return tuple(to.out_features for to in self.to_kvs if isinstance(to, nn.Linear))
+
+    @property
+    def context_width(self) -> int:
+        """Width of the image tokens."""
+        return next(to.in_features for to in self.to_kvs if isinstance(to, nn.Linear))
+
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """``[B, T, context width]`` to ``[K_0, V_0, K_1, V_1, …]``, each ``[B, T, layer width]``."""
         return [to(tokens) for to in self.to_kvs]

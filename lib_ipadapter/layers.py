@@ -24,7 +24,10 @@ class LayerKey(NamedTuple):
 
 def _layout(*runs: tuple[str, Sequence[int], int]) -> tuple[LayerKey, ...]:
     return tuple(
-        LayerKey(block, number, depth) for block, numbers, depths in runs for number in numbers for depth in range(depths)
+        LayerKey(block, number, depth)
+        for block, numbers, depths in runs
+        for number in numbers
+        for depth in range(depths)
     )
 
 

@@ -75,9 +75,7 @@ class Library:
             f"{_names(folders)}: put the encoder's file in one of these folders."
         )
 
-    def _find(
-        self, name: str, what: str, folders: Iterable[Path], listed: Callable[[], Iterable[str]]
-    ) -> Path:
+    def _find(self, name: str, what: str, folders: Iterable[Path], listed: Callable[[], Iterable[str]]) -> Path:
         folders = list(folders)
         files = dict(self._files(folders))
         for candidate, path in files.items():

@@ -104,7 +104,8 @@ class _BareModel:
 
     def marker(self, extra_options: ExtraOptions) -> Any:
         """What carries the noise level: the model's current step, or the call's timesteps or sigmas."""
-        step = getattr(getattr(getattr(self._model, "model", None), "diffusion_model", None), "current_step", None)
+        inner = getattr(self._model, "model", None)
+        step = getattr(getattr(inner, "diffusion_model", None), "current_step", None)
         if step is not None:
             return step
         timesteps = extra_options.get("timesteps")
@@ -142,4 +143,5 @@ class _BareModel:
 
 
 def _first(value: Any) -> Any:
-    return value[0] if hasattr(value, "__getitem__") and getattr(value, "ndim", 1) else value
+    """The first of a list or array of one value a row, or the one value itself."""
+    return value[0] if hasattr(value, "__len__") and getattr(value, "ndim", 1) != 0 else value

@@ -126,7 +126,7 @@ def _from_path(path: Path) -> Image.Image:
             return _from_file(file)
     except OSError as error:
         raise IPAdapterError(
-            f"The picture file {path.name} can't be read ({error.strerror or error}): check that it's there and may be read."
+            f"The picture file {path.name} can't be read ({error.strerror or error}): check that it is there."
         ) from error
 
 

@@ -68,4 +68,6 @@ class Window:
 
     def contains(self, progress: float) -> bool:
         """Whether a UNet call at ``progress`` lies in the window."""
-        return (self.start <= 0 or progress >= self.start - _SLACK) and (self.stop >= 1 or progress < self.stop - _SLACK)
+        return (self.start <= 0 or progress >= self.start - _SLACK) and (
+            self.stop >= 1 or progress < self.stop - _SLACK
+        )

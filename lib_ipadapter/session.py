@@ -172,7 +172,9 @@ class Session:
             _check_fit(each.adapter, info)
         with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
         run.acting = [each for each, _ in with_terms]
-        run.injection = Injection([term for _, term in with_terms], len(info.keys), lambda first: _check_stops(run, first))
+        run.injection = Injection(
+            [term for _, term in with_terms], len(info.keys), lambda first: _check_stops(run, first)
+        )
         run.identity = info.identity
         self._host.attach(p, run.injection)
         self._host.around_sampling(p, lambda: self._after_pass(p, run))
@@ -276,7 +278,9 @@ def _identity(path: Path) -> tuple[str, int, int]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise IPAdapterError(f"The file {path.name} can't be read ({error.strerror}): refresh the model list.") from error
+        raise IPAdapterError(
+            f"The file {path.name} can't be read ({error.strerror}): refresh the model list."
+        ) from error
     return str(path), stat.st_size, stat.st_mtime_ns
 
 

@@ -93,9 +93,7 @@ class ImageRef:
             return value
         if isinstance(value, str):
             if not value.strip():
-                raise IPAdapterError(
-                    "The picture is empty; allowed is base64 or a data URI, or leave it out."
-                )
+                raise IPAdapterError("The picture is empty; allowed is base64 or a data URI, or leave it out.")
             return cls(data=value)
         if isinstance(value, Mapping):
             _refuse_unknown(value, ("data", "sha256"))
@@ -217,12 +215,9 @@ def parse_script_args(args: Sequence[object]) -> tuple[bool, list[Unit]]:
     beyond = [slot for slot in slots[UNIT_SLOTS:] if not _is_unused(slot)]
     if beyond:
         raise IPAdapterError(
-            f"The argument after unit {UNIT_SLOTS} is {_shown(beyond[0])}; "
-            f"allowed are at most {UNIT_SLOTS} units."
+            f"The argument after unit {UNIT_SLOTS} is {_shown(beyond[0])}; allowed are at most {UNIT_SLOTS} units."
         )
-    asked = [
-        (number, _parse_unit(number, slot)) for number, slot in enumerate(slots, 1) if not _is_unused(slot)
-    ]
+    asked = [(number, _parse_unit(number, slot)) for number, slot in enumerate(slots, 1) if not _is_unused(slot)]
     enabled = [(number, unit) for number, unit in asked if unit.enabled]
     if not enabled and not explicit:
         return False, []
@@ -284,8 +279,7 @@ def _refuse_unknown(values: Mapping[Any, Any], known: Sequence[str]) -> None:
         near = _nearest(str(name), known)
         hint = f'the nearest known field is "{near}" and ' if near else ""
         raise IPAdapterError(
-            f"The field {_shown(name)} (value {_shown(value)}) is unknown; "
-            f"{hint}allowed are {', '.join(known)}."
+            f"The field {_shown(name)} (value {_shown(value)}) is unknown; {hint}allowed are {', '.join(known)}."
         )
 
 
@@ -328,15 +322,14 @@ def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
     if isinstance(value, str):
         if _NUMBER.fullmatch(value.strip()):
             number = float(value)
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+    elif not isinstance(value, bool) and isinstance(value, numbers.Real):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
     if not low <= number <= high:  # NaN fails every comparison
         raise IPAdapterError(
-            f'The field "{name}" is {_shown(value)}; '
-            f"allowed is a finite number from {_shown(low)} to {_shown(high)}."
+            f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
         )
     return number + 0.0  # −0.0 becomes 0.0
 
@@ -346,18 +339,14 @@ def _as_images(value: object) -> tuple[ImageRef, ...]:
     if isinstance(value, (str, Mapping, ImageRef)):
         value = (value,)
     if not isinstance(value, (list, tuple)):
-        raise IPAdapterError(
-            f'The field "images" is {_shown(value)}; allowed is a picture or a list of pictures.'
-        )
+        raise IPAdapterError(f'The field "images" is {_shown(value)}; allowed is a picture or a list of pictures.')
     images = []
     for position, item in enumerate(value, 1):
         try:
             images.append(ImageRef.from_json(item))
         except IPAdapterError as error:
             message = str(error).removeprefix("The ")
-            raise IPAdapterError(
-                f'The field "images", picture {position} of {len(value)}: the {message}'
-            ) from error
+            raise IPAdapterError(f'The field "images", picture {position} of {len(value)}: the {message}') from error
     return tuple(images)
 
 

@@ -21,9 +21,7 @@ def layer_weights(widths: Sequence[int], context: int, generator: torch.Generato
     }
 
 
-def base_adapter(
-    widths: Sequence[int], context: int, embedding: int = 128, tokens: int = 4, seed: int = 0
-) -> Nested:
+def base_adapter(widths: Sequence[int], context: int, embedding: int = 128, tokens: int = 4, seed: int = 0) -> Nested:
     """A linear projection of the pooled embedding."""
     generator = torch.Generator().manual_seed(seed)
     projection = {

@@ -1,4 +1,4 @@
-"""A model object of the ComfyUI line with nothing in it: what ``patch_model`` needs, and a formula to hold it against."""
+"""A model object of the ComfyUI line with nothing in it: what ``patch_model`` needs, and the formula."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class BareModel:
         return self.model_options["transformer_options"]["patches_replace"]["attn2"]
 
 
-def random_kv(layout: str, tokens: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def random_kv(
+    layout: str, tokens: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """``[K_0, V_0, …]`` of one picture."""
     return [
         torch.randn(1, tokens, width, generator=generator).to(dtype) for _, width in LAYERS[layout] for _ in range(2)

@@ -64,9 +64,7 @@ def test_whole_unet_output(shape: str, variant: str, pictures: int) -> None:
     current = CurrentPlan(
         Injection([term], len(keys)), lambda _: None, lambda *_: Call((UNCOND, COND), 0.5), first_in_forward_order(keys)
     )
-    replacements = {
-        tuple(key): make_replacement(n, current, scaled_dot_product, None) for n, key in enumerate(keys)
-    }
+    replacements = {tuple(key): make_replacement(n, current, scaled_dot_product, None) for n, key in enumerate(keys)}
     ours_model = DiffusionModel(copy.deepcopy(unet))
     plain = ours_model(x, timesteps, text, y, transformer_options={})
     ours = ours_model(x, timesteps, text, y, transformer_options={"patches_replace": {"attn2": replacements}})
@@ -76,7 +74,9 @@ def test_whole_unet_output(shape: str, variant: str, pictures: int) -> None:
         if hasattr(processor, "scale"):
             processor.scale = [WEIGHT]
     embeds = torch.stack([no_picture.expand_as(features), features])  # [rows, pictures, ...]
-    theirs = unet(x, timesteps, text, class_labels=y, added_cond_kwargs={"image_embeds": [embeds]}, return_dict=False)[0]
+    theirs = unet(x, timesteps, text, class_labels=y, added_cond_kwargs={"image_embeds": [embeds]}, return_dict=False)[
+        0
+    ]
 
     scale = float(theirs.abs().max())
     assert float((ours - theirs).abs().max()) / scale < 1e-4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from PIL import Image
 
 from tests.embedded import Host
 from tests.embedded.demo_models import DemoModels
-from tests.embedded_hosts import TITLE, host, host_of, models, request, unit  # noqa: F401 (fixtures)
+from tests.embedded_hosts import request, unit
 from tests.photos import base64_photo, photo
 
 
 @pytest.fixture(scope="module")
-def client(host_of: Any) -> Iterator[TestClient]:
-    yield TestClient(host_of("sd15").app, raise_server_exceptions=False)
+def client(host_of: Any) -> TestClient:
+    return TestClient(host_of("sd15").app, raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")

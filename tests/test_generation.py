@@ -15,7 +15,7 @@ from PIL import Image
 import tests.embedded.attention
 from tests.embedded import Host
 from tests.embedded.demo_models import DemoModels
-from tests.embedded_hosts import TITLE, host, host_of, models, request, unit  # noqa: F401 (fixtures)
+from tests.embedded_hosts import TITLE, request, unit
 from tests.photos import base64_photo
 
 TEXT_TOKENS = 77
@@ -183,7 +183,11 @@ def test_it_is_bit_identical_to_not_being_installed(host_of: Any, models: DemoMo
 @pytest.mark.parametrize("options", [{"split_calls": True}, {"row_order": "a1111"}])
 def test_how_the_host_splits_a_step_changes_nothing(host_of: Any, options: dict[str, Any]) -> None:
     wanted = request(
-        unit("plus", formulation="joint"), unit("base"), prompt="a red house AND a car", negative_prompt="x " * 90, batch_size=2
+        unit("plus", formulation="joint"),
+        unit("base"),
+        prompt="a red house AND a car",
+        negative_prompt="x " * 90,
+        batch_size=2,
     )
     usual = host_of("sd15").txt2img(**wanted)
     split = host_of("sd15", **options).txt2img(**wanted)
@@ -222,7 +226,9 @@ def test_uncond_sources(host: Host, models: DemoModels) -> None:
 
 
 def test_preparations_differ_for_a_picture_that_is_not_square(host: Host) -> None:
-    results = [host.txt2img(**request(unit(photos=("coffee",), preparation=p))).image for p in ("crop", "squash", "pad")]
+    results = [
+        host.txt2img(**request(unit(photos=("coffee",), preparation=p))).image for p in ("crop", "squash", "pad")
+    ]
     assert not any(same(a, b) for a, b in itertools.combinations(results, 2))
     infotext = host.txt2img(**request(unit(preparation="pad"))).infotexts[0]
     assert "preparation: pad" in infotext

@@ -44,7 +44,12 @@ def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Te
 
 
 def expected(
-    terms: list[Term], roles: tuple[int, ...], q: torch.Tensor, ks: list[torch.Tensor], vs: list[torch.Tensor], layer: int
+    terms: list[Term],
+    roles: tuple[int, ...],
+    q: torch.Tensor,
+    ks: list[torch.Tensor],
+    vs: list[torch.Tensor],
+    layer: int,
 ) -> np.ndarray:
     """Row by row in float64; ``ks`` and ``vs`` hold each row's real text tokens."""
     rows = []
@@ -224,15 +229,15 @@ def test_a_padding_row_of_a_regional_prompt_gets_nothing() -> None:
     assert roles_of_rows([1, 0], 2, 9, 4) == (1, 1, 0, 0, 0, 0, 0, 0, OTHER)
 
 
-@pytest.mark.parametrize(("chunks", "images", "rows", "unet_rows"), [([1, 0], 1, 3, 3), ([1, 0], 3, 11, 6), ([], 1, 2, 2), ([1], 1, 3, 1)])
+@pytest.mark.parametrize(
+    ("chunks", "images", "rows", "unet_rows"), [([1, 0], 1, 3, 3), ([1, 0], 3, 11, 6), ([], 1, 2, 2), ([1], 1, 3, 1)]
+)
 def test_rows_that_nothing_explains(chunks: list[int], images: int, rows: int, unet_rows: int) -> None:
     with pytest.raises(IPAdapterError, match=f"sees {rows} rows"):
         roles_of_rows(chunks, images, rows, unet_rows)
 
 
-@given(
-    st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 5)
-)
+@given(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 5))
 def test_plain_and_tiled_calls_repeat_the_chunks(chunks: list[int], images: int, tiles: int) -> None:
     rows = len(chunks) * images * tiles
     roles = roles_of_rows(chunks, images, rows)

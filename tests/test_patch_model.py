@@ -21,7 +21,14 @@ TEXT, QUERIES, HEADS = 7, 5, 8
 
 
 def call_layer(
-    model: BareModel, layout: str, layer: int, roles: list[int], batch: int, seed: int = 1, text: int = TEXT, **extra: Any
+    model: BareModel,
+    layout: str,
+    layer: int,
+    roles: list[int],
+    batch: int,
+    seed: int = 1,
+    text: int = TEXT,
+    **extra: Any,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     key, width = LAYERS[layout][layer]
     generator = torch.Generator().manual_seed(seed + layer)

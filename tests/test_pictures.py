@@ -299,7 +299,7 @@ def test_a_callers_picture_stays_as_it_is() -> None:
     assert rgb.info == {"dpi": (72, 72)}
 
 
-SIXTEEN = np.array([[0, 1, 128, 129, 257], [32767, 32768, 65000, 65534, 65535]], np.uint16)
+SIXTEEN = np.array([[0, 1, 128, 129, 257], [32767, 32768, 64379, 65534, 65535]], np.uint16)
 EIGHT = (SIXTEEN.astype(int) + 128) // 257
 
 

@@ -1,4 +1,4 @@
-"""``load_ip_adapter`` and ``preprocess`` against transformers' CLIP, diffusers' projections and plain matrix products."""
+"""``load_ip_adapter`` and ``preprocess`` against transformers' CLIP and diffusers' projections."""
 
 from __future__ import annotations
 

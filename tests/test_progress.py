@@ -43,7 +43,9 @@ def test_timesteps(timestep: float, progress: float) -> None:
 def test_windows_side_by_side_share_no_call_and_miss_none(a: float, b: float, progress: float) -> None:
     first, second = sorted((a, b))
     inside = [
-        Window(start, stop).contains(progress) for start, stop in ((0, first), (first, second), (second, 1)) if start < stop
+        Window(start, stop).contains(progress)
+        for start, stop in ((0, first), (first, second), (second, 1))
+        if start < stop
     ]
     assert sum(inside) == 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 
-from lib_ipadapter import IPAdapterError, IPAdapterModel, ImageProjModel, Resampler
+from lib_ipadapter import ImageProjModel, IPAdapterError, IPAdapterModel, Resampler
 from lib_ipadapter.kv import To_KV
 from lib_ipadapter.layers import LAYOUTS, SD_V12_CHANNELS, SD_XL_CHANNELS, LayerKey, first_in_forward_order
 from tests.adapter_files import base_adapter, full_face_adapter, plus_adapter
@@ -18,7 +18,7 @@ from tests.bare_model import LAYERS
 
 
 def reference_resampler() -> types.ModuleType:
-    """``resampler.py`` of the package ``ip-adapter``, loaded alone: the package doesn't import beside a new diffusers."""
+    """``resampler.py`` of the package ``ip-adapter``, loaded alone: the package itself needs an old diffusers."""
     file = next(f for f in importlib.metadata.files("ip-adapter") or () if f.name == "resampler.py")
     spec = importlib.util.spec_from_file_location("reference_resampler", str(file.locate()))
     assert spec is not None and spec.loader is not None
@@ -37,15 +37,15 @@ def test_image_projection_equals_diffusers() -> None:
     torch.manual_seed(0)
     ours = ImageProjModel(cross_attention_dim=768, clip_embeddings_dim=1024, clip_extra_context_tokens=4)
     theirs = ImageProjection(image_embed_dim=1024, cross_attention_dim=768, num_image_text_embeds=4)
-    theirs.load_state_dict(
-        {key.replace("proj.", "image_embeds."): value for key, value in ours.state_dict().items()}
-    )
+    theirs.load_state_dict({key.replace("proj.", "image_embeds."): value for key, value in ours.state_dict().items()})
     embeds = torch.randn(3, 1024)
     assert_close(ours(embeds), theirs(embeds))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dim", "heads", "width", "out"), [(768, 12, 1280, 768), (1280, 20, 1280, 2048), (128, 2, 128, 64)])
+@pytest.mark.parametrize(
+    ("dim", "heads", "width", "out"), [(768, 12, 1280, 768), (1280, 20, 1280, 2048), (128, 2, 128, 64)]
+)
 def test_resampler_equals_the_reference(dim: int, heads: int, width: int, out: int) -> None:
     torch.manual_seed(1)
     sizes = {

@@ -155,17 +155,13 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
         monkeypatch.setitem(sys.modules, name, module)
     # The tests' own copy of the package steps aside, and what is imported here is forgotten afterwards.
     before = dict(sys.modules)
-    monkeypatch.setattr(
-        sys, "dont_write_bytecode", True
-    )  # an edited module must not be read from a stale cache
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edited module must not be read from a stale cache
     for name in [name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "lib_ipadapter")]:
         del sys.modules[name]
     yield stub
     for name in [name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "lib_ipadapter")]:
         del sys.modules[name]
-    sys.modules.update(
-        {name: module for name, module in before.items() if name.partition(".")[0] == "lib_ipadapter"}
-    )
+    sys.modules.update({name: module for name, module in before.items() if name.partition(".")[0] == "lib_ipadapter"})
 
 
 @pytest.fixture
@@ -188,11 +184,7 @@ def names(session: Any) -> list[str]:
 def test_the_script_is_always_on_and_alone_in_its_module(script: SimpleNamespace) -> None:
     assert script.hooks.title() == "IP-Adapter"
     assert script.hooks.show(False) is script.hooks.show(True) is script.webui.always_visible
-    classes = [
-        each
-        for each in vars(script.module).values()
-        if isinstance(each, type) and issubclass(each, StubScript)
-    ]
+    classes = [each for each in vars(script.module).values() if isinstance(each, type) and issubclass(each, StubScript)]
     assert classes == [script.module.IPAdapterScript]
     assert script.session.host == "a host"
 
@@ -212,7 +204,7 @@ def test_ui_gives_the_checkbox_and_ten_empty_slots(script: SimpleNamespace) -> N
 def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) -> None:
     events = [event for event, _ in script.webui.registered]
     assert events == ["cfg_denoiser", "script_unloaded"]
-    state = {name: value for name, value in vars(script.hooks).items()}
+    state = dict(vars(script.hooks))
     for call in range(10):
         with gr.Blocks():
             assert len(script.hooks.ui(bool(call % 2))) == 11
@@ -273,9 +265,7 @@ def test_unloading_closes_the_session(script: SimpleNamespace) -> None:
         ([True, "", {"wieght": 1}], 'Unit 2: the field "wieght" (value 1) is unknown'),
     ],
 )
-def test_bad_arguments_stop_the_job_with_their_sentence(
-    script: SimpleNamespace, args: list[Any], part: str
-) -> None:
+def test_bad_arguments_stop_the_job_with_their_sentence(script: SimpleNamespace, args: list[Any], part: str) -> None:
     p = job()
     script.hooks.process(p, *args)
     ((name, (failed_p, message), _),) = script.session.calls
@@ -287,9 +277,7 @@ HOOKS = {
     "begin": lambda script, p: script.hooks.before_process(p, True, UNIT),
     "prepare": lambda script, p: script.hooks.process(p, True, UNIT),
     "attach": lambda script, p: script.hooks.process_before_every_sampling(p, True, UNIT, x=1),
-    "on_step": lambda script, p: script.webui.callback("cfg_denoiser")(
-        SimpleNamespace(denoiser=SimpleNamespace(p=p))
-    ),
+    "on_step": lambda script, p: script.webui.callback("cfg_denoiser")(SimpleNamespace(denoiser=SimpleNamespace(p=p))),
 }
 
 
@@ -298,9 +286,7 @@ def test_what_the_session_refuses_stops_the_job_with_its_sentence(
     script: SimpleNamespace, hook: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     p = job()
-    script.session.raising[hook] = script.module.errors.IPAdapterError(
-        "The adapter is for SDXL; choose another."
-    )
+    script.session.raising[hook] = script.module.errors.IPAdapterError("The adapter is for SDXL; choose another.")
     HOOKS[hook](script, p)
     assert script.session.calls[-1] == ("fail", (p, "The adapter is for SDXL; choose another."), {})
     assert capsys.readouterr().err == ""
@@ -367,12 +353,9 @@ def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(
     assert "RuntimeError: stuck" in capsys.readouterr().err
 
 
-def test_an_unknown_host_is_declined_with_a_sentence(
-    webui: WebUI, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_host_is_declined_with_a_sentence(webui: WebUI, capsys: pytest.CaptureFixture[str]) -> None:
     (webui.extension / "lib_ipadapter" / "hosts.py").write_text(
-        "from .errors import IPAdapterError\n\n"
-        "def detect():\n    raise IPAdapterError('This host is unknown.')\n",
+        "from .errors import IPAdapterError\n\ndef detect():\n    raise IPAdapterError('This host is unknown.')\n",
         encoding="utf-8",
     )
     module = webui.load()
@@ -387,9 +370,7 @@ def test_a_built_in_package_of_the_same_name_stays_importable(
 ) -> None:
     built_in = tmp_path / "extensions-builtin" / "forge_ipadapter"
     (built_in / "lib_ipadapter").mkdir(parents=True)
-    (built_in / "lib_ipadapter" / "resampler.py").write_text(
-        "NAME = 'built-in resampler'\n", encoding="utf-8"
-    )
+    (built_in / "lib_ipadapter" / "resampler.py").write_text("NAME = 'built-in resampler'\n", encoding="utf-8")
     (built_in / "lib_ipadapter" / "IPAdapterPlus.py").write_text(
         "from lib_ipadapter.resampler import NAME\n", encoding="utf-8"
     )

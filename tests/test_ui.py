@@ -54,13 +54,9 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize(
-    "as_file", [str, lambda path: SimpleNamespace(name=str(path))], ids=["gradio 4", "gradio 3"]
-)
+@pytest.mark.parametrize("as_file", [str, lambda path: SimpleNamespace(name=str(path))], ids=["gradio 4", "gradio 3"])
 @pytest.mark.parametrize("preparation", ["crop", "squash", "pad"])
-def test_files_are_kept_and_shown_as_the_encoder_sees_them(
-    files: list[Path], as_file: Any, preparation: str
-) -> None:
+def test_files_are_kept_and_shown_as_the_encoder_sees_them(files: list[Path], as_file: Any, preparation: str) -> None:
     text, previews, note = handlers.keep_files([as_file(path) for path in files], preparation)
     hashes = json.loads(text)
     assert note == "" and len(hashes) == len(previews) == 2
@@ -136,9 +132,7 @@ def write_slots() -> Any:
         rows = [[{**DEFAULTS, **each}[name] for name in SETTINGS] + ["old"] for each in settings]
         code = f"const write = ({accordion.SLOT_SCRIPT});\nconst rows = {json.dumps(rows)};\n"
         code += "console.log(JSON.stringify(rows.map((row) => write(...row))));"
-        done = subprocess.run(
-            [node, "-e", code], capture_output=True, text=True, encoding="utf-8", check=True
-        )
+        done = subprocess.run([node, "-e", code], capture_output=True, text=True, encoding="utf-8", check=True)
         return list(json.loads(done.stdout))
 
     return write

@@ -288,11 +288,7 @@ def test_a_field_given_twice_is_refused() -> None:
     assert '"weight" is given twice, as 1 and 0.5' in message
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from([field.name for field in dataclasses.fields(Unit)]) | any_text, json_values
-    )
-)
+@given(st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(Unit)]) | any_text, json_values))
 def test_whatever_json_says_gives_a_valid_unit_or_one_sentence(values: dict[str, Any]) -> None:
     try:
         unit = Unit.from_json(values)
@@ -351,9 +347,7 @@ def test_forms_of_the_arguments(args: list[object]) -> None:
 def test_ten_units_are_taken_and_an_eleventh_is_an_error() -> None:
     ten = [{**ONE, "weight": index / 10} for index in range(UNIT_SLOTS)]
     for args in ([True, *ten], [True, *ten, ""], ten, [*ten, ""], [*ten, "", None]):
-        assert [unit.weight for unit in parse_script_args(args)[1]] == [
-            index / 10 for index in range(UNIT_SLOTS)
-        ]
+        assert [unit.weight for unit in parse_script_args(args)[1]] == [index / 10 for index in range(UNIT_SLOTS)]
     for args in ([True, *ten, ONE], [*ten, ONE], [True, *EMPTY_SLOTS, ONE], [True, *ten, 3]):
         message = sentence_of(parse_script_args, args)
         assert "at most 10 units" in message

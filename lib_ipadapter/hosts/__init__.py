@@ -30,5 +30,5 @@ def detect() -> Host:
 
         return ComfyHost(name.partition(".")[0])
     raise IPAdapterError(
-        "IP-Adapter doesn't know this WebUI; it runs in AUTOMATIC1111's Stable Diffusion WebUI, Forge and its relatives."
+        "IP-Adapter doesn't know this WebUI; it runs in AUTOMATIC1111's WebUI, in Forge and its relatives."
     )

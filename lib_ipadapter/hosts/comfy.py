@@ -61,8 +61,8 @@ class ComfyHost:
     def attention(self) -> Attention:
         """The host's own attention."""
         if self._namespace == "backend":
-            return import_module("backend.attention").attention_function  # type: ignore[no-any-return]
-        return import_module("ldm_patched.ldm.modules.attention").optimized_attention  # type: ignore[no-any-return]
+            return import_module("backend.attention").attention_function
+        return import_module("ldm_patched.ldm.modules.attention").optimized_attention
 
     def run(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
         """See :class:`.base.Host`. The host frees what room is needed; nothing of ours is left for it to manage."""
@@ -94,7 +94,10 @@ class ComfyHost:
         info = _unet_info(unet)
         injection.to(info.device, info.dtype)
         current = CurrentPlan(
-            injection, lambda extra_options: extra_options["sigmas"], self._reader(unet), first_in_forward_order(info.keys)
+            injection,
+            lambda extra_options: extra_options["sigmas"],
+            self._reader(unet),
+            first_in_forward_order(info.keys),
         )
         there = _replacements(unet)
         for layer, key in enumerate(info.keys):
@@ -155,7 +158,7 @@ class ComfyHost:
         wrap_sampler(p, after)
 
     def fail(self, p: Any, message: str) -> None:
-        """See :class:`.base.Host`. The page of hosts on ``ldm_patched`` loses an exception's text but shows comments."""
+        """See :class:`.base.Host`. The page of hosts on ``ldm_patched`` loses an exception's text, not comments."""
         if self._namespace != "backend" and not getattr(p, "is_api", False):
             self.comment(p, message)
             if getattr(p, "sampler", None) is None:
@@ -201,7 +204,7 @@ def _unet_info(unet: Any) -> UNetInfo:
 
 def _replacements(unet: Any) -> Mapping[tuple[Any, ...], Any]:
     options = unet.model_options.get("transformer_options", {})
-    return options.get("patches_replace", {}).get("attn2", {})  # type: ignore[no-any-return]
+    return options.get("patches_replace", {}).get("attn2", {})
 
 
 def _is_ours(replacement: Any) -> bool:
@@ -237,7 +240,7 @@ def _chained(
     chain: list[Any] = [previous]
 
     def call_previous(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
-        return chain[0](q, k, v, extra_options)  # type: ignore[no-any-return]
+        return chain[0](q, k, v, extra_options)
 
     with_previous = make_replacement(layer, current, attention, call_previous)
     alone = make_replacement(layer, current, attention, None)

@@ -46,7 +46,7 @@ def describe(diffusion_model: Any, device: torch.device, dtype: torch.dtype) -> 
                 f"Another extension has put a {type(attn2).__name__} in place of the cross-attention layer "
                 f"{' '.join(map(str, key))}: switch it off, or IP-Adapter."
             )
-    projections = [found[key].to_k for key in keys]
+    projections: list[Any] = [found[key].to_k for key in keys]
     return UNetInfo(
         identity=diffusion_model,
         keys=keys,

@@ -70,9 +70,7 @@ def build(
         with gr.Tabs(elem_id=elem_id("units")):
             for number, slot in enumerate(slots[:VISIBLE_UNITS], 1):
                 with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}")):
-                    unit = _build_unit(
-                        slot, adapters, negatives, partial(_unit_id, elem_id, number), tool_button
-                    )
+                    unit = _build_unit(slot, adapters, negatives, partial(_unit_id, elem_id, number), tool_button)
                     _connect_lists(files, unit)
     # These positions are the HTTP API: append only. Anything for the script as a whole becomes position 12,
     # after the ten slots; a new setting of a unit is a new key in its JSON and needs no position.
@@ -139,9 +137,7 @@ def _build_unit(
             elem_id=elem_id("preparation"),
         )
     with gr.Row():
-        uncond = gr.Dropdown(
-            label="Uncond", choices=list(UNCONDS), value=default.uncond, elem_id=elem_id("uncond")
-        )
+        uncond = gr.Dropdown(label="Uncond", choices=list(UNCONDS), value=default.uncond, elem_id=elem_id("uncond"))
         negative = gr.Dropdown(
             label="Negative file (used when uncond is “file”)",
             choices=negatives,
@@ -164,9 +160,7 @@ def _build_unit(
         outputs=[hashes, gallery, upload_note],
         **_QUIET,
     )
-    preparation.change(
-        fn=handlers.preview, inputs=[hashes, preparation], outputs=[gallery, upload_note], **_QUIET
-    )
+    preparation.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[gallery, upload_note], **_QUIET)
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
     return _Lists(refresh, model, negative)
 
