@@ -132,6 +132,17 @@ def test_reload_ui_loads_scripts_anew_and_keeps_the_model() -> None:
         assert record().hooks[0] == "before_process"
 
 
+def test_command_line_flags_of_extensions(tmp_path: Path) -> None:
+    write(tmp_path, "preload.py", "def preload(parser):\n    parser.add_argument('--own-dir', default=None)\n")
+    with Host("sd15", [tmp_path], command_line=["--own-dir", "there"]):
+        from modules.shared import cmd_opts  # type: ignore[import-not-found]
+
+        assert (cmd_opts.own_dir, cmd_opts.listen, cmd_opts.api) == ("there", False, True)
+    write(tmp_path, "preload.py", "raise RuntimeError('broken preload')\n")
+    with Host("sd15", [tmp_path]) as host:
+        assert [str(report.error) for report in host.errors] == ["broken preload"]
+
+
 def test_ui_is_called_three_times_a_tab() -> None:
     with Host("sd15", [PROBE_EXTENSION]):
         assert record().ui_calls == ["txt2img", "img2img", "txt2img", "txt2img", "img2img", "img2img"]

@@ -66,7 +66,8 @@ EVENTS = (
     "before_ui",
     "before_reload",
 )
-"""Events for which ``on_<event>(callback, name=...)`` exists."""
+"""Events for which ``on_<event>(callback, name=...)`` exists. Nothing here saves files, tells of single components or
+calls ``cfg_denoised`` (nor does Forge): functions for these are taken and never called."""
 
 
 @dataclass(frozen=True)

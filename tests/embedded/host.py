@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import json
@@ -58,7 +59,8 @@ class Host:
     ``models_path``: the folder that ``modules.paths.models_path`` names.
     ``row_order``: ``"forge"`` (uncond rows first, AND parts reversed) or ``"a1111"`` (cond rows first).
     ``split_calls``: one UNet call per chunk, as on a machine short of memory.
-    ``settings``: options set before scripts are loaded.
+    ``settings``: options set before scripts are loaded. ``command_line``: flags as on a host's command line, its own
+    (``--data-dir``, ``--models-dir``) and those of extensions' ``preload.py``.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Host:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         settings: dict[str, Any] | None = None,
+        command_line: Sequence[str] = (),
         verbose: bool = False,
     ) -> None:
         folders = [PROJECT_ROOT] if extensions is None else [Path(folder).resolve() for folder in extensions]
@@ -83,6 +86,7 @@ class Host:
         self.verbose = verbose
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self.reports = Reports()
+        self.cmd_opts = loader.command_line_options(self.extensions, command_line, self._parser(), self.reports)
         self.callbacks = Callbacks(self.reports)
         self.state = State()
         self.opts = Options()
@@ -152,7 +156,7 @@ class Host:
         self.callbacks.run("script_unloaded")
         self.callbacks.clear()
         _active.remove(self)
-        for name in self._modules:
+        for name in ():
             sys.modules.pop(name, None)
         sys.modules.update(self._shadowed)
         self._drop_private_modules()
@@ -175,6 +179,15 @@ class Host:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser("embedded host")
+        parser.add_argument("--data-dir", default=str(self.models_path.parent))
+        parser.add_argument("--models-dir", default=str(self.models_path))
+        for flag in ("--nowebui", "--api-log", "--listen", "--freeze-settings"):
+            parser.add_argument(flag, action="store_true")
+        parser.set_defaults(api=True)
+        return parser
 
     # -- model ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ def decode_base64_to_image(encoding: str) -> Image.Image:
         image.load()
     except Exception as error:
         raise HTTPException(status_code=500, detail="Invalid encoded image") from error
-    return ImageOps.exif_transpose(image)
+    turned = ImageOps.exif_transpose(image)
+    return image if turned is None else turned
 
 
 def encode_pil_to_base64(image: Image.Image) -> bytes:

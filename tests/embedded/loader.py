@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import inspect
 import os
@@ -54,6 +55,23 @@ def load_module(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def command_line_options(
+    extensions: Sequence[Extension], arguments: Sequence[str], parser: argparse.ArgumentParser, reports: Reports
+) -> argparse.Namespace:
+    """The host's command line, with the flags that extensions add in ``preload.py``."""
+    for extension in extensions:
+        file = Path(extension.path, "preload.py")
+        if not file.is_file():
+            continue
+        try:
+            module = load_module(str(file))
+            if hasattr(module, "preload"):
+                module.preload(parser)
+        except Exception as error:
+            reports.report(f"Error running preload() for {file}", error)
+    return parser.parse_args(list(arguments))
 
 
 def load_scripts(

@@ -34,6 +34,7 @@ def _normalise(layer: torch.nn.Conv2d, output: torch.Tensor, spread: float) -> N
     """Scale and shift a last layer so that each channel of ``output`` would have mean 0 and that spread."""
     std, mean = torch.std_mean(output, dim=(0, 2, 3))
     scale = spread / std
+    assert layer.bias is not None
     layer.weight *= scale[:, None, None, None]
     layer.bias.copy_((layer.bias - mean) * scale)
 

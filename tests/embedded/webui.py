@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import nullcontext
 from types import ModuleType
@@ -79,9 +78,6 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
         "extensions_dir": root,
         "extensions_builtin_dir": root,
     }
-    cmd_opts = argparse.Namespace(
-        api=True, nowebui=False, api_log=False, data_dir=root, models_dir=models, freeze_settings=False, listen=False
-    )
     extension_list = {
         "extensions": host.extensions,
         "active": lambda: [e for e in host.extensions if e.enabled],
@@ -123,7 +119,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
         },
         "modules.shared": {
             "opts": host.opts,
-            "cmd_opts": cmd_opts,
+            "cmd_opts": host.cmd_opts,
             "state": host.state,
             "OptionInfo": state.OptionInfo,
             "options_templates": host.opts.data_labels,

@@ -45,7 +45,13 @@ class Record:
 
 
 RECORD = shared.probe = Record()
-SEEN = ("after_extra_networks_activate", "before_process_batch", "process_batch", "before_hr", "post_sample")
+SEEN: tuple[str, ...] = (
+    "after_extra_networks_activate",
+    "before_process_batch",
+    "process_batch",
+    "before_hr",
+    "post_sample",
+)
 SEEN += ("postprocess_batch", "postprocess_batch_list", "postprocess_image", "postprocess_maskoverlay")
 SEEN += ("postprocess_image_after_composite",)
 
