@@ -355,6 +355,11 @@ def link_torch(torch: Torch, site_packages: Path, folder: Path) -> None:
     (site_packages / FOUND_TORCH_PTH).write_text(relative + "\n", encoding="utf-8")
 
 
+def links_work(folder: Path) -> bool:
+    """Whether all that ``link_torch`` linked is still where it was; a torch that was upgraded since is not."""
+    return not folder.is_dir() or all(link.exists() for link in folder.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the environment
 
@@ -474,7 +479,7 @@ def ensure_venv() -> None:
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     texts = [path.read_text(encoding="utf-8") for path in (LOCK, TORCH_LOCK, CUDA_LOCK, REFERENCE_LOCK)]
     stamp = read_stamp()
-    works = venv_python().exists() and (not (stamp and stamp.torch) or (VENV / FOUND_TORCH / "torch").exists())
+    works = venv_python().exists() and links_work(VENV / FOUND_TORCH)
     needed = work_needed(stamp, python, locks_hash(texts), works)
     if needed == "nothing":
         return

@@ -134,8 +134,9 @@ def test_hash_of_the_locks_sees_pins_and_nothing_else() -> None:
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "is full"),
         ("OSError: [WinError 112] There is not enough space on the disk", "is full"),
         (
-            "WARNING: Retrying after connection broken by 'NewConnectionError('<...>: Failed to establish a new connection: "
-            "[Errno -2] Name or service not known')': /simple/x/\nERROR: No matching distribution found for x==1",
+            "WARNING: Retrying after connection broken by 'NewConnectionError('<...>: Failed to establish a new "
+            "connection: [Errno -2] Name or service not known')': /simple/x/\n"
+            "ERROR: No matching distribution found for x==1",
             "could not be reached",
         ),
         ("NameResolutionError: Failed to resolve (getaddrinfo failed)", "could not be reached"),
@@ -267,13 +268,17 @@ def test_a_linked_torch_is_seen_by_python_and_by_what_asks_for_its_version(tmp_p
     dev.link_torch(dev.Torch("9.9", paths), site_packages, folder)
 
     code = (
-        "import site, sys; site.addsitedir(sys.argv[1]); import torch, single, importlib.metadata as m, importlib.util as u; "
+        "import site, sys; site.addsitedir(sys.argv[1]); import torch, single; "
+        "import importlib.metadata as m, importlib.util as u; "
         "print(torch.__version__, m.version('torch'), u.find_spec('pytest_surprise'))"
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(site_packages)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["9.9", "9.9", "None"]
+    assert dev.links_work(folder)
+    (beside / "torch-9.9.dist-info").rename(beside / "torch-9.10.dist-info")
+    assert not dev.links_work(folder)
     dev.shutil.rmtree(tmp_path / "my venv")
     assert (beside / "torch" / "__init__.py").is_file()
 

@@ -156,7 +156,7 @@ class Host:
         self.callbacks.run("script_unloaded")
         self.callbacks.clear()
         _active.remove(self)
-        for name in ():
+        for name in self._modules:
             sys.modules.pop(name, None)
         sys.modules.update(self._shadowed)
         self._drop_private_modules()
