@@ -207,10 +207,12 @@ def pip_problem(words: str) -> str:
         )
     missing = re.search(r"No matching distribution found for (\S+)", words)
     if missing:
+        # an index out of reach and one without a fitting build look the same where pip was told not to retry
         return (
-            f"there is no build of {missing.group(1)} for this system and Python: use Python "
-            f"{NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]} or older on 64-bit Linux, macOS 14 or newer (Apple processors), or "
-            "Windows"
+            f"it found no {missing.group(1)}: check that this machine reaches the package index; if it does, there is "
+            f"no build for this system and Python, so use Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} to "
+            f"{NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]} on 64-bit Linux, Windows, or macOS 14 or newer with an Apple "
+            "processor"
         )
     if re.search(r"PermissionError|Permission denied|WinError 5\b|WinError 32\b", words):
         return "a file in .venv could not be written: end the programs that use it, then run the same command again"
@@ -434,11 +436,11 @@ def pip_install(*arguments: str) -> None:
         raise SetupError(f"pip could not install the packages: {pip_problem(''.join(words))}.")
 
 
-def make_venv() -> None:
-    """Makes an empty environment where there is none, or in place of an earlier one made here.
+def check_making() -> None:
+    """Refuses what would fail, or destroy something, before anything is downloaded.
 
     Raises:
-        SetupError: this Python can't, or a folder of that name is someone else's.
+        SetupError: this Python makes no environments, or a folder named .venv is someone else's.
     """
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
@@ -446,14 +448,22 @@ def make_venv() -> None:
                 f"This Python comes without its {module} module, which makes .venv: install it (on Debian and Ubuntu "
                 f"the package python{sys.version_info[0]}.{sys.version_info[1]}-venv), then run the same command again."
             )
+    if os.path.lexists(str(VENV)) and not STAMP.is_file():
+        raise SetupError(f"{VENV} was not made by dev.py, which leaves it alone: rename or delete it, then try again.")
+
+
+def make_venv() -> None:
+    """Makes an empty environment where there is none, or in place of an earlier one made here.
+
+    Raises:
+        SetupError: an earlier one is in use, or Python could not make it.
+    """
     if os.path.lexists(str(VENV)):
-        if not STAMP.is_file():
-            raise SetupError(
-                f"{VENV} was not made by dev.py, which leaves it alone: rename or delete it, then try again."
-            )
         try:
             shutil.rmtree(str(VENV))
         except OSError as error:
+            with contextlib.suppress(OSError):  # the stamp may be among what is gone already
+                write_stamp(Stamp("", "", "", False))
             raise SetupError(
                 f"{VENV} can't be replaced ({error}): end the programs that use it, then try again."
             ) from error
@@ -484,7 +494,11 @@ def ensure_venv() -> None:
     if needed == "nothing":
         return
 
-    say(f"Setting up {VENV} with Python {platform.python_version()}.")
+    if needed == "everything":
+        check_making()
+        say(f"Setting up {VENV} with Python {platform.python_version()}.")
+    else:
+        say(f"Bringing {VENV} up to date; what it has already is not downloaded again.")
     torch = find_torch() if needed == "everything" else None
     if torch:
         say(f"The torch {torch.version} of this Python is used.")

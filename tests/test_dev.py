@@ -141,7 +141,7 @@ def test_hash_of_the_locks_sees_pins_and_nothing_else() -> None:
         ),
         ("NameResolutionError: Failed to resolve (getaddrinfo failed)", "could not be reached"),
         ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))", "certificate"),
-        ("ERROR: No matching distribution found for torch==2.13.0", "no build of torch==2.13.0"),
+        ("ERROR: No matching distribution found for torch==2.13.0", "found no torch==2.13.0"),
         ("PermissionError: [WinError 5] Access is denied", "could not be written"),
         ("ERROR: something new", "its own words"),
     ],
@@ -290,7 +290,7 @@ def test_a_folder_that_dev_py_did_not_make_is_left_alone(tmp_path: Path, monkeyp
     monkeypatch.setattr(dev, "VENV", mine)
     monkeypatch.setattr(dev, "STAMP", mine / "made-by-dev.json")
     with pytest.raises(dev.SetupError, match=r"was not made by dev\.py"):
-        dev.make_venv()
+        dev.check_making()
     assert (mine / "precious").is_file()
 
 
@@ -298,7 +298,7 @@ def test_a_python_without_the_venv_module_is_told_what_to_install(monkeypatch: p
     real = dev.importlib.util.find_spec
     monkeypatch.setattr(dev.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else real(name))
     with pytest.raises(dev.SetupError, match="ensurepip module.*-venv"):
-        dev.make_venv()
+        dev.check_making()
 
 
 def test_exit_code_of_a_program_comes_back() -> None:
