@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from .errors import IPAdapterError
-from .injection import Attention, Injection, Plan
+from .injection import Injection
+from .plan import Attention, Plan
 from .rows import Call
 
 ExtraOptions = Mapping[str, Any]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .adapter import IPAdapterModel
 from .clip_vision import CLIPVision
 from .errors import IPAdapterError
-from .injection import ImageKV
 from .pictures import clip_preprocess
+from .plan import ImageKV
 from .recognise import AdapterKind, recognise_adapter
 from .tensorfile import open_tensors
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from .attn2 import CurrentPlan, ExtraOptions, Replacement, heads_of, make_replacement
 from .errors import IPAdapterError
 from .formulations import JOINT
-from .injection import ImageKV, Injection, Term, scaled_dot_product
+from .injection import Injection, Term
 from .layers import LAYOUTS, WIDEST_LAYER, LayerKey, first_in_forward_order
+from .plan import ImageKV, scaled_dot_product
 from .progress import Window, progress_of_timestep, scaled_linear_schedule
 from .rows import COND, UNCOND, Call, roles_of_rows
 

@@ -31,9 +31,10 @@ from .encoding import (
 from .errors import IPAdapterError
 from .formulations import Formulation, resolve_formulation
 from .hosts.base import Host, UNetInfo
-from .injection import ImageKV, Injection, Term
+from .injection import Injection, Term
 from .library import Library
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
+from .plan import ImageKV
 from .progress import Window
 from .rows import COND, UNCOND
 from .units import ImageRef, Unit
@@ -173,7 +174,10 @@ class Session:
         with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
         run.acting = [each for each, _ in with_terms]
         run.injection = Injection(
-            [term for _, term in with_terms], len(info.keys), lambda first: _check_stops(run, first)
+            [term for _, term in with_terms],
+            len(info.keys),
+            self._host.first_role,
+            lambda progress: _check_stops(run, progress),
         )
         run.identity = info.identity
         self._host.attach(p, run.injection)

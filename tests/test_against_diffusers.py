@@ -11,8 +11,9 @@ import torch
 from lib_ipadapter import IPAdapterModel
 from lib_ipadapter.attn2 import CurrentPlan, make_replacement
 from lib_ipadapter.formulations import DECOUPLED
-from lib_ipadapter.injection import ImageKV, Injection, Term, scaled_dot_product
+from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
+from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
 from tests.adapter_files import Nested, base_adapter, plus_adapter

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.formulations import DECOUPLED, JOINT, resolve_formulation
-from lib_ipadapter.injection import ImageKV, Injection, Plan, Term, scaled_dot_product
+from lib_ipadapter.injection import Injection, Term
+from lib_ipadapter.plan import ImageKV, Plan, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, OTHER, UNCOND, Call, roles_of_rows
 from tests.bare_model import softmax_attention
@@ -182,8 +183,12 @@ def test_one_uncond_of_several_pictures_is_kept_once() -> None:
     weighed = Term.weighed(JOINT, Window(), prompts, 0.5, WIDEST)
     assert weighed is not None
     assert weighed.prompts[UNCOND][0] is weighed.prompts[UNCOND][1]
-    moved = weighed.map(lambda t: t.double())
+    with torch.inference_mode():
+        moved = weighed.on(torch.device("cpu"), torch.float64, UNCOND)
     assert moved.prompts[UNCOND][0] is moved.prompts[UNCOND][1]
+    assert torch.equal(moved.prompts[COND][1].keys[1], weighed.prompts[COND][1].keys[1].double())
+    assert len({image.keys[0].untyped_storage()._cdata for images in moved.prompts.values() for image in images}) == 1
+    assert moved.prompts[COND][0].keys[0].untyped_storage().nbytes() == 3 * 4 * WIDTH * 8
 
 
 def test_weight_zero_is_no_term() -> None:

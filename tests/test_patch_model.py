@@ -229,7 +229,7 @@ def test_rows_that_fit_no_chunks_are_refused() -> None:
 
 
 # What the per-layer path may not do: read the device, or bring something there.
-FORBIDDEN = ("to", "cpu", "cuda", "item", "numpy", "tolist", "__bool__", "__float__", "__int__")
+FORBIDDEN = ("to", "copy_", "cpu", "cuda", "item", "numpy", "tolist", "__bool__", "__float__", "__int__")
 
 
 @pytest.fixture
@@ -276,4 +276,4 @@ def test_the_first_call_moves_each_tensor_once(forbidden_calls: list[str]) -> No
     model = patch_model(BareModel(0.1), [(kv, 1.0, 1.0)])
     forbidden_calls.clear()
     meta_unet_call(model, "sd15", [1, 0], 1)
-    assert forbidden_calls == ["to"] * (16 * 2 * 2)
+    assert forbidden_calls == ["copy_"] * (16 * 2 * 2)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IPAdapterError
-from ..injection import Injection, Plan
+from ..injection import Injection
+from ..plan import Plan
 from ..progress import progress_of_timestep
 from ..rows import COND, UNCOND, Call
 from .base import UNetInfo
@@ -31,6 +32,7 @@ class A1111Host:
     """AUTOMATIC1111 1.10. Hooks live on modules that stay loaded, so they are removed at every end of sampling."""
 
     name = "AUTOMATIC1111"
+    first_role = COND
 
     def __init__(self) -> None:
         self._hooks: _Hooks | None = None

@@ -36,6 +36,8 @@ class Host(Protocol):
     """A WebUI, seen from the engine."""
 
     name: str
+    first_role: int
+    """The role whose rows come first when a UNet call has both."""
 
     def adapter_folders(self) -> Sequence[Path]:
         """Folders where adapters and negatives may lie."""

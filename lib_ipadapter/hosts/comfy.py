@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..attn2 import CurrentPlan, ExtraOptions, Replacement, make_replacement
 from ..errors import IPAdapterError
-from ..injection import Attention, Injection
+from ..injection import Injection
 from ..layers import first_in_forward_order
+from ..plan import Attention
 from ..progress import SigmaSchedule
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from .base import UNetInfo
@@ -36,6 +37,8 @@ class ComfyHost:
     Args:
         namespace: ``backend`` or ``ldm_patched``.
     """
+
+    first_role = UNCOND
 
     def __init__(self, namespace: str) -> None:
         self.name = {"backend": "Forge", "ldm_patched": "Forge (ldm_patched)"}[namespace]
