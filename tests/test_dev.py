@@ -238,6 +238,40 @@ def test_the_torch_that_is_there_is_described() -> None:
     assert all(os.path.exists(path) for path in found.paths)
 
 
+def test_only_what_belongs_to_a_torch_is_described(tmp_path: Path) -> None:
+    """Libraries it needs come along; extras, pinned packages, scripts and .pth files stay where they are."""
+    requires = ["nvidia.lib (==1.0) ; platform_system != 'x'", "numpy>=1", "optree ; extra == 'optree'", "not-here"]
+    contents = {
+        "torch": ["torch/__init__.py", "torch.pth", "../bin/torchrun", "__pycache__/x.pyc"],
+        "nvidia_lib": ["nvidia/lib/__init__.py"],
+        "numpy": ["numpy/__init__.py"],
+        "optree": ["optree/__init__.py"],
+    }
+    for name, files in contents.items():
+        info = f"{name}-1.0.dist-info"
+        for file in [*files, f"{info}/METADATA"]:
+            (tmp_path / "lib" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "lib" / file).write_text("__version__ = '2.9'" if file == "torch/__init__.py" else "")
+        lines = [f"Name: {name}", "Version: 1.0"]
+        lines += [f"Requires-Dist: {line}" for line in requires if name == "torch"]
+        (tmp_path / "lib" / info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (tmp_path / "lib" / info / "RECORD").write_text(
+            "".join(f"{file},,\n" for file in [*files, f"{info}/METADATA"]), encoding="utf-8"
+        )
+    code = "import json, sys; sys.path[:0] = sys.argv[1:]; import dev; print(json.dumps(dev.describe_torch({'numpy'})))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(tmp_path / "lib"), str(ROOT)], capture_output=True, check=True
+    )
+    version, paths = json.loads(done.stdout)
+    assert version == "2.9"
+    assert {Path(path).name for path in paths} == {
+        "nvidia",
+        "nvidia_lib-1.0.dist-info",
+        "torch",
+        "torch-1.0.dist-info",
+    }
+
+
 def test_find_torch_describes_the_same_from_a_process_of_its_own() -> None:
     found = dev.find_torch()
     assert found is not None
