@@ -143,6 +143,11 @@ def make_models(folder: Path, small: bool) -> Models:
 @contextmanager
 def linked(webui: WebUI) -> Iterator[None]:
     """The extension and the probe in the WebUI's folder ``extensions``, for as long as the block runs."""
+    others = [path.parent.parent for path in webui.folder.glob("extensions/*/scripts/ip_adapter.py")]
+    if others:
+        raise SystemExit(
+            f"The WebUI has the extension already, in {others[0]}: move it out of extensions, then try again."
+        )
     links = {EXTENSION: ROOT, PROBE: ROOT / "tests" / "real_host_probe"}
     made = []
     try:
