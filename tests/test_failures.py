@@ -287,3 +287,17 @@ def test_what_another_extension_puts_into_a_layer_after_us_is_kept_and_so_are_we
             assert np.abs(one - other).mean() > 1
     assert np.array_equal(draw(False, ""), plain)
     assert not host.errors
+
+
+def test_in_the_hires_pass_a_unit_that_never_acts_is_said_and_the_job_goes_on(
+    host_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = host_of("sd15")
+    said: list[str] = []
+    monkeypatch.setattr("sd_image_prompt.hosts.comfy.ComfyHost.comment", lambda self, p, message: said.append(message))
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5, "hr_cfg": 5.0, "steps": 4}
+    assert len(host.txt2img(**request(unit(stop=0.3), **hires)).images) == 1
+    assert len(said) == 1
+    assert "would never act: choose a stop above 0." in said[0]
+    host.txt2img(**request(unit(), **hires))
+    assert len(said) == 1
