@@ -6,7 +6,7 @@ Nothing here runs during sampling. A :data:`Runner` decides where and in which p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,7 +18,6 @@ from .adapter import IPAdapterModel
 from .clip_vision import CLIPVision
 from .errors import IPAdapterError
 from .pictures import clip_preprocess
-from .plan import ImageKV
 from .recognise import AdapterKind, recognise_adapter
 from .tensorfile import open_tensors
 
@@ -29,7 +28,7 @@ class Runner(Protocol):
     """Runs something with a module on the compute device, under the host's memory rules."""
 
     def __call__(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
-        """Calls ``function(device, dtype)`` while ``module`` lies there in that dtype; takes it away afterwards."""
+        """Calls ``function(device, dtype)`` while ``module`` lies there; a host's frees the device again."""
 
 
 def run_here(module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
@@ -142,11 +141,11 @@ def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVi
 NEGATIVE_KEY = "data"
 
 
-def load_negative(path: str | os.PathLike[str], context_width: int) -> Tensor:
+def load_negative(path: str | os.PathLike[str], context_width: int | None = None) -> Tensor:
     """The image tokens ``[1, T, context width]`` of a negative file (one tensor named ``data``).
 
     Raises:
-        IPAdapterError: if the file isn't one, or is made for another context width.
+        IPAdapterError: if the file isn't one, or is made for another context width than the one given.
     """
     file = open_tensors(path)
     info = file.tensors.get(NEGATIVE_KEY)
@@ -154,14 +153,9 @@ def load_negative(path: str | os.PathLike[str], context_width: int) -> Tensor:
         raise IPAdapterError(
             f"{file.path.name} is no negative file: it must hold one tensor named 'data' of shape [1, tokens, width]."
         )
-    if info.shape[2] != context_width:
+    if context_width is not None and info.shape[2] != context_width:
         raise IPAdapterError(
             f"The negative file {file.path.name} has image tokens {info.shape[2]} wide and the adapter takes "
             f"{context_width}: use it with an adapter of that width, or choose another uncond source."
         )
     return file.read([NEGATIVE_KEY])[NEGATIVE_KEY]
-
-
-def single(kv: Sequence[Tensor], row: int = 0) -> ImageKV:
-    """One picture's K/V out of a batch's."""
-    return ImageKV.from_pairs([t[row : row + 1] for t in kv])

@@ -34,8 +34,9 @@ from .pictures import clip_preprocess, prepare, to_pixels
 class _Entry:
     adapter: LoadedAdapter
     encoder_path: str
-    negative_path: str | None
     unconds: list[Tensor] | None = None
+    unconds_from: str | None = None
+    """The negative that ``unconds`` were made from."""
 
 
 @dataclass
@@ -49,17 +50,22 @@ class Engine:
     run: Runner = run_here
     encoders: dict[str, CLIPVision] = field(default_factory=dict)
     ip_adapters: dict[str, _Entry] = field(default_factory=dict)
+    ip_negative: str | None = None
+    """The negative that was named last."""
 
     def load_ip_adapter(
         self, clip_vision_path: str | None, ip_negative_path: str | None, ip_adapter_path: str | None
     ) -> None:
         """Loads an image encoder and an adapter that uses it; see :func:`load_ip_adapter`."""
-        if clip_vision_path is not None and clip_vision_path not in self.encoders:
+        if clip_vision_path and clip_vision_path not in self.encoders:
             self.encoders[clip_vision_path] = load_clip_vision(clip_vision_path)
-        if ip_adapter_path is None or ip_adapter_path in self.ip_adapters:
+        if ip_negative_path:
+            load_negative(ip_negative_path)
+            self.ip_negative = ip_negative_path
+        if not ip_adapter_path or ip_adapter_path in self.ip_adapters:
             return
         adapter = load_adapter(ip_adapter_path)
-        candidates = self.encoders if clip_vision_path is None else [clip_vision_path]
+        candidates = [clip_vision_path] if clip_vision_path else list(self.encoders)
         fitting = [path for path in candidates if self._fits(adapter, self.encoders[path])]
         if not fitting:
             found = ", ".join(self.encoders[path].kind.name for path in candidates) or "none"
@@ -67,7 +73,7 @@ class Engine:
                 f"{adapter.path.name} ({adapter.kind.description}) and the loaded image encoder ({found}) don't go "
                 "together: load the encoder that the adapter needs."
             )
-        self.ip_adapters[ip_adapter_path] = _Entry(adapter, fitting[-1], ip_negative_path)
+        self.ip_adapters[ip_adapter_path] = _Entry(adapter, fitting[-1])
 
     @staticmethod
     def _fits(adapter: LoadedAdapter, encoder: CLIPVision) -> bool:
@@ -88,14 +94,14 @@ class Engine:
         pixels = clip_preprocess(to_pixels([prepare(Image.fromarray(img), "squash", size)]), size)
         features = encode(self.run, encoder, kind.output, pixels)
         conds = image_kv(self.run, entry.adapter.model, features)
-        if entry.unconds is None:
-            entry.unconds = self._unconds(entry, encoder)
+        if entry.unconds is None or entry.unconds_from != self.ip_negative:
+            entry.unconds, entry.unconds_from = self._unconds(entry, encoder), self.ip_negative
         return conds, list(entry.unconds)
 
     def _unconds(self, entry: _Entry, encoder: CLIPVision) -> list[Tensor]:
         kind, model = entry.adapter.kind, entry.adapter.model
-        if entry.negative_path is not None:
-            return token_kv(self.run, model, load_negative(entry.negative_path, kind.context_width))
+        if self.ip_negative is not None:
+            return token_kv(self.run, model, load_negative(self.ip_negative, kind.context_width))
         source = resolve_uncond("auto", kind.variant)
         return image_kv(self.run, model, uncond_features(self.run, source, kind, encoder))
 
@@ -108,7 +114,8 @@ def load_ip_adapter(clip_vision_path: str | None, ip_negative_path: str | None, 
 
     Args:
         clip_vision_path: file of the image encoder; None: one loaded before.
-        ip_negative_path: file with the image tokens of no picture; None: what the adapter was trained with.
+        ip_negative_path: file with the image tokens of no picture, for every adapter from now on; None: the one named
+            before, or what the adapter was trained with.
         ip_adapter_path: file of the adapter; None: only the encoder is loaded.
 
     Raises:

@@ -89,7 +89,13 @@ class Library:
     def _files(self, folders: Iterable[Path]) -> list[tuple[str, Path]]:
         found: dict[str, Path] = {}
         for folder in folders:
+            visited: set[str] = set()  # links may lead back to a folder above
             for parent, subfolders, names in os.walk(folder, followlinks=True):
+                real = os.path.realpath(parent)
+                if real in visited:
+                    subfolders.clear()
+                    continue
+                visited.add(real)
                 subfolders.sort(key=str.lower)
                 for name in sorted(names, key=str.lower):
                     if name.lower().endswith(SUFFIXES):

@@ -47,6 +47,7 @@ def patch_model(model: Any, tasks: Sequence[Task]) -> Any:
     """
     terms = [term for task in tasks if (term := _term(*task)) is not None]
     new_model = model.clone()
+    new_model.model_options = dict(new_model.model_options)  # a clone may share it
     if not terms:
         return new_model
     layers = len(next(iter(terms[0].prompts.values()))[0].keys)
@@ -120,7 +121,12 @@ class _BareModel:
                 f"A cross-attention layer sees {q.shape[0]} rows for the chunks {roles}, so it can't be told which of "
                 "them are cond: extra_options needs cond_or_uncond with one entry for each chunk of rows."
             )
-        return Call(roles_of_rows(roles, q.shape[0] // len(roles), q.shape[0]), self._progress(marker, extra_options))
+        rows, images = int(q.shape[0]), int(q.shape[0]) // len(roles)
+        sigmas, unet_rows = extra_options.get("sigmas"), rows
+        if isinstance(sigmas, Tensor) and sigmas.ndim == 1 and rows % (len(roles) * sigmas.shape[0]) == 0:
+            images = int(sigmas.shape[0])  # one for each image: more rows than that are tiles
+            unet_rows = int((extra_options.get("original_shape") or (rows,))[0])
+        return Call(roles_of_rows(roles, images, rows, unet_rows), self._progress(marker, extra_options))
 
     def _progress(self, marker: Any, extra_options: ExtraOptions) -> float:
         if marker is None:

@@ -285,9 +285,9 @@ class Plan:
                 out[group.index] = attention(group.pick(q), keys, values, heads)
         else:
             raise IPAdapterError(
-                "Another extension replaces this cross-attention layer while the rows of the batch differ in their "
-                "number of text or image tokens: choose the formulation decoupled, or a prompt and a negative prompt "
-                "of the same number of 75-token chunks."
+                "Something else replaces this cross-attention layer (another extension, or an earlier patch_model) "
+                "while the rows of the batch differ in their number of text or image tokens: choose the formulation "
+                "decoupled, prompts of the same number of 75-token chunks, or give all pictures to one patch_model."
             )
         return self.add(layer, q, out, heads)
 

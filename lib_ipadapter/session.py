@@ -7,104 +7,38 @@ host's processing object, so that a job inside a job (a face detailer's, say) ha
 from __future__ import annotations
 
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from PIL import Image
-
-from . import uploads
-from .clip_vision import CLIPVision, load_clip_vision
-from .encoding import (
-    LoadedAdapter,
-    encode,
-    image_kv,
-    load_adapter,
-    load_negative,
-    resolve_uncond,
-    single,
-    token_kv,
-    uncond_features,
-)
 from .errors import IPAdapterError
-from .formulations import Formulation, resolve_formulation
-from .hosts.base import Host, UNetInfo
-from .injection import Injection, Term
+from .hosts.base import Host
+from .injection import Injection
 from .library import Library
-from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
-from .plan import ImageKV
+from .preparer import PreparedUnit, Preparer
 from .progress import Window
-from .rows import COND, UNCOND
-from .units import ImageRef, Unit
+from .units import Unit
 
-V = TypeVar("V")
+INFOTEXT_KEY = "IP-Adapter"
+ERROR_KEY = "IP-Adapter error"
+"""Where a sentence goes that doesn't end the job: API clients see no comments, but the picture's parameters."""
 
-
-class _Cache(Generic[V]):
-    """The most recently used values."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of ``key``, made when it isn't there."""
-        if key not in self._values:
-            value = make()
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
-
-    def clear(self) -> None:
-        self._values.clear()
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A unit whose pictures are K/V."""
-
-    unit: Unit
-    adapter: LoadedAdapter
-    formulation: Formulation
-    uncond: str
-    conds: tuple[ImageKV, ...]
-    unconds: tuple[ImageKV, ...]
-
-    def term(self, info: UNetInfo) -> Term | None:
-        window = Window(self.unit.start, self.unit.stop)
-        prompts = {COND: self.conds, UNCOND: self.unconds}
-        return Term.weighed(self.formulation, window, prompts, self.unit.weight, max(info.widths))
-
-    def infotext(self) -> str:
-        unit = self.unit
-        return (
-            f"model: {unit.model}, weight: {unit.weight:g}, start: {unit.start:g}, stop: {unit.stop:g}, "
-            f"formulation: {self.formulation.name}, uncond: {self.uncond}, preparation: {unit.preparation}"
-        )
+# Attribute of the host's processing object that holds its run.
+_RUN = "image_prompt_run"
 
 
 @dataclass
 class _Run:
     """One job."""
 
-    units: list[_Prepared] = field(default_factory=list)
+    units: list[PreparedUnit] = field(default_factory=list)
     passes: int = 0
+    """Passes that have ended."""
     injection: Injection | None = None
-    acting: list[_Prepared] = field(default_factory=list)
+    acting: list[PreparedUnit] = field(default_factory=list)
     """The unit of each of the injection's terms."""
     identity: object = None
     failed: bool = False
-
-
-# Attribute of the host's processing object that holds its run.
-_RUN = "image_prompt_run"
-
-KEPT_ENCODERS, KEPT_ADAPTERS = 1, 2
-KEPT_FEATURES, KEPT_KV = 64, 16
 
 
 class Session:
@@ -116,25 +50,22 @@ class Session:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self.library = Library(host.adapter_folders, host.encoder_folders)
-        self._encoders: _Cache[CLIPVision] = _Cache(KEPT_ENCODERS)
-        self._adapters: _Cache[LoadedAdapter] = _Cache(KEPT_ADAPTERS)
-        self._features: _Cache[Any] = _Cache(KEPT_FEATURES)
-        self._kv: _Cache[ImageKV] = _Cache(KEPT_KV)
+        self._library = Library(host.adapter_folders, host.encoder_folders)
+        self._preparer = Preparer(self._library, host.run)
 
     # What the page lists
 
     def adapters(self) -> list[str]:
         """Names of the adapters on disk."""
-        return sorted(self.library.adapters(), key=str.lower)
+        return sorted(self._library.adapters(), key=str.lower)
 
     def encoders(self) -> list[str]:
         """Names of the image encoders on disk."""
-        return sorted(self.library.encoders(), key=str.lower)
+        return sorted(self._library.encoders(), key=str.lower)
 
     def negatives(self) -> list[str]:
         """Names of the negative files on disk."""
-        return sorted(self.library.negatives(), key=str.lower)
+        return sorted(self._library.negatives(), key=str.lower)
 
     # A job's way through the host's callbacks
 
@@ -143,7 +74,7 @@ class Session:
         setattr(p, _RUN, None)
         self._host.detach(p)
 
-    def prepare(self, p: Any, units: Sequence[Unit]) -> dict[str, str]:
+    def prepare(self, p: Any, units: Sequence[Unit]) -> Mapping[str, str]:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
 
         Args:
@@ -155,33 +86,21 @@ class Session:
         Raises:
             IPAdapterError: if a unit can't do what it was asked.
         """
-        active = [unit for unit in units if unit.weight != 0]
+        active = {number: unit for number, unit in enumerate(units, 1) if unit.weight != 0}
         if not active:
             return {}
         info = self._host.unet_info(p)
-        run = _Run([self._prepare(unit, info) for unit in active])
-        setattr(p, _RUN, run)
-        return {f"IP-Adapter {number}": each.infotext() for number, each in enumerate(run.units, 1)}
+        prepared = {number: self._preparer.prepare(unit, info) for number, unit in active.items()}
+        setattr(p, _RUN, _Run(list(prepared.values())))
+        return {f"{INFOTEXT_KEY} {number}": each.infotext() for number, each in prepared.items()}
 
     def attach(self, p: Any, **_: Any) -> None:
         """Before every pass: the units go into the UNet that is loaded now."""
         run: _Run | None = getattr(p, _RUN, None)
-        if run is None or run.failed:
-            return
-        info = self._host.unet_info(p)
-        for each in run.units:
-            _check_fit(each.adapter, info)
-        with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
-        run.acting = [each for each, _ in with_terms]
-        run.injection = Injection(
-            [term for _, term in with_terms],
-            len(info.keys),
-            self._host.first_role,
-            lambda progress: _check_stops(run, progress),
-        )
-        run.identity = info.identity
-        self._host.attach(p, run.injection)
-        self._host.around_sampling(p, lambda: self._after_pass(p, run))
+        if run is not None and not run.failed:
+            run.injection = None
+            self._attach(p, run)
+            self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
     def on_step(self, params: Any) -> None:
         """Before every step's UNet calls."""
@@ -191,7 +110,7 @@ class Session:
             return
         try:
             if not self._host.check(p, run.injection, run.identity):
-                self.attach(p)
+                self._attach(p, run)
             self._host.on_step(params)
         except Exception as error:  # the host swallows what a callback raises, and would go on without the unit
             if not isinstance(error, IPAdapterError):
@@ -210,11 +129,32 @@ class Session:
         self._host.fail(p, message)
 
     def close(self) -> None:
-        """The script is unloaded."""
-        for cache in (self._encoders, self._adapters, self._features, self._kv):
-            cache.clear()
+        """The script is unloaded: nothing of ours stays behind."""
+        self._host.detach(None)
+        self._preparer.clear()
 
     # Inside
+
+    def _attach(self, p: Any, run: _Run) -> None:
+        """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
+        before = run.injection
+        seen = before.progress_seen if before is not None else None
+        if seen is not None and all(each.unit.stop < 1 and each.unit.stop <= seen[1] for each in run.units):
+            run.injection = None  # every unit has done its part, whatever the new UNet is
+            return
+        info = self._host.unet_info(p)
+        with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
+        run.acting = [each for each, _ in with_terms]
+        run.identity = info.identity
+        run.injection = Injection(
+            [term for _, term in with_terms],
+            len(info.keys),
+            self._host.first_role,
+            lambda progress: _check_stops(run, progress),
+        )
+        if before is not None:
+            run.injection.acted, run.injection.progress_seen = before.acted, before.progress_seen
+        self._host.attach(p, run.injection)
 
     def _after_pass(self, p: Any, run: _Run) -> None:
         injection = run.injection
@@ -227,81 +167,7 @@ class Session:
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
-
-    def _prepare(self, unit: Unit, info: UNetInfo) -> _Prepared:
-        path = self.library.adapter_path(unit.model)
-        adapter = self._adapters.get(_identity(path), lambda: load_adapter(path))
-        _check_fit(adapter, info)
-        formulation = resolve_formulation(unit.formulation, adapter.kind.variant)
-        uncond = resolve_uncond(unit.uncond, adapter.kind.variant)
-        encoder_path = self.library.encoder_for(adapter.kind)
-        conds = tuple(self._picture_kv(ref, unit, adapter, encoder_path) for ref in unit.images)
-        unconds: tuple[ImageKV, ...] = ()
-        if uncond != "none":
-            # Each picture has its uncond tokens; in one softmax the uncond side must weigh as much as the cond side.
-            unconds = (self._uncond_kv(uncond, unit, adapter, encoder_path),) * len(conds)
-        return _Prepared(unit, adapter, formulation, uncond, conds, unconds)
-
-    def _encoder(self, path: Path) -> CLIPVision:
-        return self._encoders.get(_identity(path), lambda: load_clip_vision(path))
-
-    def _picture_kv(self, ref: ImageRef, unit: Unit, adapter: LoadedAdapter, encoder_path: Path) -> ImageKV:
-        picture = _picture(ref)
-        kind = adapter.kind
-        key = (picture_hash(picture), unit.preparation, _identity(encoder_path), kind.output)
-
-        def features() -> Any:
-            encoder = self._encoder(encoder_path)
-            size = encoder.kind.image_size
-            pixels = clip_preprocess(to_pixels([prepare(picture, unit.preparation, size)]), size)
-            return encode(self._host.run, encoder, kind.output, pixels)
-
-        def kv() -> ImageKV:
-            return single(image_kv(self._host.run, adapter.model, self._features.get(key, features)))
-
-        return self._kv.get((*key, _identity(adapter.path)), kv)
-
-    def _uncond_kv(self, source: str, unit: Unit, adapter: LoadedAdapter, encoder_path: Path) -> ImageKV:
-        kind, model = adapter.kind, adapter.model
-        if source == "file":
-            path = self.library.negative_path(unit.negative)
-
-            def from_file() -> ImageKV:
-                return ImageKV.from_pairs(token_kv(self._host.run, model, load_negative(path, kind.context_width)))
-
-            return self._kv.get((_identity(path), _identity(adapter.path)), from_file)
-
-        def kv() -> ImageKV:
-            features = uncond_features(self._host.run, source, kind, self._encoder(encoder_path))
-            return single(image_kv(self._host.run, model, features))
-
-        return self._kv.get((source, _identity(encoder_path), _identity(adapter.path)), kv)
-
-
-def _identity(path: Path) -> tuple[str, int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise IPAdapterError(
-            f"The file {path.name} can't be read ({error.strerror}): refresh the model list."
-        ) from error
-    return str(path), stat.st_size, stat.st_mtime_ns
-
-
-def _picture(ref: ImageRef) -> Image.Image:
-    return uploads.get(ref.sha256) if ref.sha256 else read_picture(ref.data)
-
-
-def _check_fit(adapter: LoadedAdapter, info: UNetInfo) -> None:
-    kind = adapter.kind
-    if kind.layer_widths != info.widths or kind.context_width != info.context_width:
-        families = {16: "SD1.5", 70: "SDXL"}
-        raise IPAdapterError(
-            f"The adapter {adapter.path.name} ({kind.description}) is made for another model family: it has "
-            f"{len(kind.layer_widths)} layers for a text context {kind.context_width} wide, the loaded checkpoint "
-            f"({families.get(len(info.keys), 'unknown')}) {len(info.keys)} and {info.context_width}; choose an adapter "
-            "for this checkpoint, or another checkpoint."
-        )
+                p.extra_generation_params[ERROR_KEY] = sentence
 
 
 def _check_stops(run: _Run, first: float) -> None:

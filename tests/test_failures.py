@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +185,7 @@ def test_an_encoder_that_runs_out_of_memory(client: TestClient, plain: str, monk
     def encode(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("sd_image_prompt.session.encode", encode)
+    monkeypatch.setattr("sd_image_prompt.preparer.encode", encode)
     assert "out of memory" in refused(client, request(unit(photos=("chelsea",), preparation="squash")))
     monkeypatch.undo()
     assert client.post("/sdapi/v1/txt2img", json=request()).json()["images"][0] == plain
@@ -216,8 +218,6 @@ class Trouble(scripts.Script):
     def process_before_every_sampling(self, p, kind="", *args, **kwargs):
         if kind != "fail": return
         unet = p.sd_model.forge_objects.unet.clone()
-        def fail(h, transformer_options): raise RuntimeError("something else broke")
-        original = dict(unet.model_options["transformer_options"])
         def raiser(q, k, v, extra_options): raise RuntimeError("something else broke")
         unet.set_model_attn2_replace(raiser, "output", 5, 0)
         p.sd_model.forge_objects.unet = unet
@@ -296,8 +296,73 @@ def test_in_the_hires_pass_a_unit_that_never_acts_is_said_and_the_job_goes_on(
     said: list[str] = []
     monkeypatch.setattr("sd_image_prompt.hosts.comfy.ComfyHost.comment", lambda self, p, message: said.append(message))
     hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5, "hr_cfg": 5.0, "steps": 4}
-    assert len(host.txt2img(**request(unit(stop=0.3), **hires)).images) == 1
+    result = host.txt2img(**request(unit(stop=0.3), **hires))
+    assert len(result.images) == 1
     assert len(said) == 1
     assert "would never act: choose a stop above 0." in said[0]
-    host.txt2img(**request(unit(), **hires))
+    assert f"IP-Adapter error: {json.dumps(said[0])}" in result.infotexts[0]
+    assert "IP-Adapter error" not in host.txt2img(**request(unit(), **hires)).infotexts[0]
     assert len(said) == 1
+
+
+SWAP = """
+import copy
+from modules import scripts, script_callbacks, shared
+class Swap(scripts.Script):
+    at = None
+    def title(self): return "Swap"
+    def show(self, is_img2img): return scripts.AlwaysVisible
+    def ui(self, is_img2img):
+        import gradio as gr
+        return [gr.Textbox("", visible=False)]
+    def process(self, p, at="", *args): Swap.at = int(at) if at else None
+def step(params):
+    if Swap.at is not None and params.sampling_step == Swap.at:
+        objects = shared.sd_model.forge_objects
+        unet = shared.sd_model.forge_objects_original.unet.clone()
+        model = unet.model
+        unet.model = copy.copy(model)  # another object over the same layers
+        unet.model._modules = dict(model._modules)
+        unet.model.diffusion_model = copy.copy(model.diffusion_model)
+        objects.unet = unet
+        Swap.at = None
+script_callbacks.on_cfg_denoiser(step)
+"""
+
+
+@pytest.mark.parametrize(("stop", "swap_at"), [(1.0, 3), (0.5, 2), (0.5, 6)])
+def test_another_unet_in_the_middle_of_sampling(host_of: Any, tmp_path: Path, stop: float, swap_at: int) -> None:
+    """What a refiner does; here the new UNet has the same weights, so the picture must be the same."""
+    from tests.embedded.host import PROJECT_ROOT
+
+    scripts = tmp_path / "swap" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "swap.py").write_text(SWAP)
+    host = host_of("sd15", extensions=(tmp_path / "swap", PROJECT_ROOT))
+    wanted = request(unit(formulation="joint", stop=stop), steps=8)
+    usual = host.txt2img(**wanted).image
+    wanted["alwayson_scripts"]["Swap"] = {"args": [str(swap_at)]}
+    swapped = host.txt2img(**wanted).image
+    assert np.array_equal(np.asarray(usual), np.asarray(swapped))
+    assert not host.errors
+
+
+def test_a_unet_that_does_not_fit_in_the_middle_of_sampling_ends_the_job(
+    host_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = host_of("sd15")
+    plain = host.txt2img(**request(steps=4)).image
+
+    def check(self: Any, p: Any, injection: Any, identity: Any) -> bool:
+        from modules import shared
+
+        if shared.state.sampling_step >= 2:
+            raise sys.modules["sd_image_prompt.errors"].IPAdapterError("The refiner is of another family.")
+        return True
+
+    monkeypatch.setattr("sd_image_prompt.hosts.comfy.ComfyHost.check", check)
+    with pytest.raises(ValueError, match="another family"):
+        host.txt2img(**request(unit(), steps=4))
+    assert len(host.unet_calls) <= 3
+    monkeypatch.undo()
+    assert np.array_equal(np.asarray(plain), np.asarray(host.txt2img(**request(steps=4)).image))

@@ -90,6 +90,22 @@ def test_split_calls_of_one_step() -> None:
             assert relative_error(out, joint_formula(q, k, v, HEADS, roles, [(kv, 0.6)], layer)) < 1e-5
 
 
+def test_tiles_repeat_the_rows() -> None:
+    generator = torch.Generator().manual_seed(18)
+    kv = random_kv("sd15", 4, generator), random_kv("sd15", 4, generator)
+    model = patch_model(BareModel(0.2), [(kv, 1.0, 1.0)])
+    key, width = LAYERS["sd15"][0]
+    q, k, v = (torch.randn(6, n, width, generator=generator) for n in (QUERIES, TEXT, TEXT))
+    options = {
+        "n_heads": HEADS,
+        "cond_or_uncond": [1, 0],
+        "sigmas": torch.tensor([3.0]),
+        "original_shape": [6, 4, 8, 8],
+    }
+    out = model.replacements[key](q, k, v, options)
+    assert relative_error(out, joint_formula(q, k, v, HEADS, [1, 0] * 3, [(kv, 1.0)], 0)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_type(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(6)
@@ -173,7 +189,7 @@ def test_the_original_model_and_its_options_stay() -> None:
     shared = BareModel()
     shared.clone = lambda: shared_clone  # type: ignore[method-assign]
     shared_clone = BareModel()
-    shared_clone.model_options = dict(model.model_options)  # a clone() that copies no deeper than this
+    shared_clone.model_options = model.model_options  # a clone() that copies nothing
     patch_model(shared, [(kv, 1.0, 1.0)])
     assert model.model_options == before
 

@@ -14,11 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from lib_ipadapter import IPAdapterError, clip_preprocess, load_ip_adapter, preprocess
+from lib_ipadapter import IPAdapterError, clip_preprocess, engine, load_ip_adapter, preprocess
 from tests.adapter_files import Nested, base_adapter, full_face_adapter, plus_adapter, save
 from tests.photos import photo
 
 WIDTHS = [32, 48] * 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_default", engine.Engine())
+
+
 CONTEXT = 64
 
 
@@ -104,6 +111,24 @@ def test_a_negative_file_goes_straight_into_the_layers(
     load_ip_adapter(str(encoder[0]), str(wide), str(other))
     with pytest.raises(IPAdapterError, match="2048 wide and the adapter takes 64"):
         preprocess(square, str(other))
+
+
+@torch.no_grad()
+def test_a_negative_named_alone_or_later_is_used(
+    encoder: tuple[Path, CLIPVisionModelWithProjection], square: np.ndarray, tmp_path: Path
+) -> None:
+    adapter = base_adapter(WIDTHS, CONTEXT, seed=3)
+    file = save(adapter, tmp_path / "adapter.safetensors")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for path in (first, second):
+        save_file({"data": torch.randn(1, 16, CONTEXT)}, path)
+    load_ip_adapter(str(encoder[0]), str(first), None)
+    load_ip_adapter(None, None, str(file))
+    assert_kv(preprocess(square, str(file))[1], adapter, load_file(first)["data"])
+    load_ip_adapter("", str(second), "")
+    assert_kv(preprocess(square, str(file))[1], adapter, load_file(second)["data"])
+    with pytest.raises(IPAdapterError, match="nowhere"):
+        load_ip_adapter(None, str(tmp_path / "nowhere.safetensors"), None)
 
 
 def test_what_does_not_go_together_is_refused(

@@ -185,10 +185,16 @@ class _Hooks:
         self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
         self._plan = None
 
-    def _current(self, tensor: Tensor, text_tokens: int) -> Plan:
+    def _current(self, text: Tensor) -> Plan:
+        """The plan of this UNet call, for a layer whose projected text is ``text [R, M, C]``."""
+        rows = len(self._call.roles) if self._call is not None else 0
+        if self._call is None or text.shape[0] != rows:
+            raise IPAdapterError(
+                f"A cross-attention layer sees {text.shape[0]} rows where the UNet was called with {rows}, so it can't "
+                "be told which of them are cond: switch off the extension that changes the batch, or IP-Adapter."
+            )
         if self._plan is None:
-            assert self._call is not None
-            self._plan = self._injection.plan(self._call, text_tokens, tensor.device, tensor.dtype)
+            self._plan = self._injection.plan(self._call, text.shape[1], text.device, text.dtype)
         return self._plan
 
     def _hook_layer(self, layer: int, attn2: Any) -> None:
@@ -196,13 +202,13 @@ class _Hooks:
             self._q[layer] = q
 
         def after_k(module: nn.Module, args: Any, k: Tensor) -> Tensor | None:
-            plan = self._current(k, k.shape[1])
+            plan = self._current(k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
             return plan.joined[0].keys(layer, k) if plan.joined and plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
-            plan = self._current(v, v.shape[1])
+            plan = self._current(v)
             return plan.joined[0].values(layer, v) if plan.joined and plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -21,7 +21,7 @@ from ..rows import COND, UNCOND, Call, roles_of_rows
 from .base import UNetInfo
 from .folders import adapter_folders, encoder_folders
 from .job import fail, wrap_sampler
-from .unet import cross_attention, describe
+from .unet import describe
 
 T = TypeVar("T")
 
@@ -171,18 +171,14 @@ class ComfyHost:
         fail(p, message)
 
     def fail_in_sampling(self, p: Any, message: str) -> None:
-        """See :class:`.base.Host`."""
+        """See :class:`.base.Host`. Raises around the UNet, not in its layers, since it may be one without any."""
 
-        def raiser(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
+        def raiser(*args: Any, **kwargs: Any) -> Tensor:
             raise IPAdapterError(message)
 
-        setattr(raiser, REPLACES, lambda: None)
-        setattr(raiser, FROM_SHORTER_KEY, True)
         unet = _unet(p).clone()
-        for key, _ in cross_attention(unet.model.diffusion_model):
-            unet.set_model_attn2_replace(raiser, *key)
+        unet.model_options = {**unet.model_options, "model_function_wrapper": raiser}
         p.sd_model.forge_objects.unet = unet
-        self.comment(p, message)
 
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""

@@ -27,7 +27,9 @@ def wrap_sampler(p: Any, after: Callable[[], None], finally_: Callable[[], None]
         method = getattr(p.sampler, name, None)
         if method is None:
             continue
-        original = getattr(method, "image_prompt_original", method)
+        # Another extension's wrapper around ours may carry copies of its attributes; ours names itself.
+        ours = getattr(method, "image_prompt_wrapper", None) is method
+        original = method.image_prompt_original if ours else method
 
         def sample(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
             try:
@@ -39,6 +41,7 @@ def wrap_sampler(p: Any, after: Callable[[], None], finally_: Callable[[], None]
                 finally_()
 
         sample.image_prompt_original = original  # type: ignore[attr-defined]
+        sample.image_prompt_wrapper = sample  # type: ignore[attr-defined]
         setattr(p.sampler, name, sample)
 
 
