@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
+from tests.device_traffic import forbidden_calls
 from tests.embedded_hosts import host, host_of, models
 
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
 
-__all__ = ["host", "host_of", "models"]  # fixtures that any test may ask for
+__all__ = ["forbidden_calls", "host", "host_of", "models"]  # fixtures that any test may ask for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,23 @@ def test_the_last_call_of_a_plain_schedule_is_not_lost(host: Host, monkeypatch: 
     assert watch.image_tokens() == [4] * 4
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.0, 0.5), (0.3, 0.8), (0.6, 1.0)])
+def test_decoupled_units_act_in_their_window_too(
+    host: Host, monkeypatch: pytest.MonkeyPatch, start: float, stop: float
+) -> None:
+    acted: set[int] = set()
+    original = sys.modules["sd_image_prompt.plan"].scaled_dot_product
+
+    def watched(*args: Any) -> torch.Tensor:
+        acted.add(len(host.unet_calls) - 1)  # the host records a call before it makes it
+        return original(*args)
+
+    monkeypatch.setattr("sd_image_prompt.plan.scaled_dot_product", watched)
+    host.txt2img(**request(unit(formulation="decoupled", start=start, stop=stop), steps=8))
+    progress = [progress_of(call.sigma) for call in host.unet_calls]
+    assert acted == {n for n, p in enumerate(progress) if (start == 0 or p >= start) and (stop == 1 or p < stop)}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "batch": {"batch_size": 2, "n_iter": 2},
@@ -252,7 +270,7 @@ def test_switched_on_without_a_picture_the_job_stops(host: Host) -> None:
     assert len(host.txt2img(**request()).images) == 1
 
 
-def test_a_job_inside_a_job_has_its_own_units(host_of: Any, models: DemoModels, tmp_path: Path) -> None:
+def test_a_job_inside_a_job_has_its_own_units(host_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scripts = tmp_path / "nested" / "scripts"
     scripts.mkdir(parents=True)
     (scripts / "nested.py").write_text(
@@ -269,7 +287,7 @@ def test_a_job_inside_a_job_has_its_own_units(host_of: Any, models: DemoModels, 
         "            inner = processing.StableDiffusionProcessingImg2Img(sd_model=p.sd_model, init_images=[pp.image],\n"
         "                prompt=p.prompt, negative_prompt=p.negative_prompt, steps=4, width=64, height=64,\n"
         "                denoising_strength=0.75, cfg_scale=p.cfg_scale, seed=p.seed)\n"
-        "            inner.scripts, inner.script_args = p.scripts, p.script_args\n"
+        "            inner.scripts, inner.script_args = p.scripts, [False] + [''] * 10\n"
         "            pp.image = processing.process_images(inner).images[0]\n"
         "        finally:\n"
         "            Nested.inside = False\n"
@@ -279,9 +297,9 @@ def test_a_job_inside_a_job_has_its_own_units(host_of: Any, models: DemoModels, 
     host = host_of("sd15", extensions=(PROJECT_ROOT, tmp_path / "nested"))
     plain = host.txt2img(**request())
     assert {call.depth for call in host.unet_calls} == {0, 1}
-    steered = host.txt2img(**request(unit(), n_iter=2))
-    again = host.txt2img(**request(unit(), n_iter=2))
-    assert all(same(a, b) for a, b in zip(steered.images, again.images, strict=True))
+    watch = Watch(host, monkeypatch)
+    steered = host.txt2img(**request(unit(formulation="joint"), n_iter=2))
+    assert watch.image_tokens() == [4 if call.depth == 0 else 0 for call in host.unet_calls]
     assert difference(plain.image, steered.image) > 3
     assert same(plain.image, host.txt2img(**request()).image)
     assert not host.errors

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_ipadapter import plan as plan_module
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.formulations import DECOUPLED, JOINT, resolve_formulation
 from lib_ipadapter.injection import Injection, Term
@@ -277,3 +278,50 @@ def test_the_gate_gives_what_one_softmax_gives(combination: str, roles: tuple[in
     q, k, v = text(len(roles), 7)
     out = plan.gate(1, q, k, scaled_dot_product(q, k, v, HEADS), HEADS)
     assert_close(out, expected(terms, roles, q, list(k), list(v), 1))
+
+
+def meta_plan(combination: str, roles: tuple[int, ...]) -> Plan:
+    injection = Injection([term(*spec, seed=100 * n) for n, spec in enumerate(COMBINATIONS[combination])], LAYERS)
+    call = Call(roles, 0.5, {COND: 7, UNCOND: 14})
+    return injection.plan(call, 14, torch.device("meta"), torch.float32)
+
+
+def attend_on_meta(plan: Plan, rows: int) -> None:
+    q, k, v = (torch.empty(rows, n, WIDTH, device="meta") for n in (QUERIES, 14, 14))
+    for layer in range(LAYERS):
+        out = plan.attend(layer, q, k, v, HEADS, scaled_dot_product, None)
+        assert out.device.type == "meta"
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("roles", ROLES)
+def test_no_layer_reads_or_moves_anything(combination: str, roles: tuple[int, ...], forbidden_calls: list[str]) -> None:
+    plan = meta_plan(combination, roles)
+    forbidden_calls.clear()
+    attend_on_meta(plan, len(roles))
+    assert forbidden_calls == []
+
+
+@pytest.mark.parametrize("fault", ["to", "float"])
+def test_a_layer_that_did_would_be_found_out(
+    fault: str, forbidden_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = plan_module.scaled_dot_product
+
+    def faulty(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+        if fault == "to":
+            k = torch.zeros(k.shape).to(q)  # K/V that live in host memory
+        else:
+            float(k.flatten()[0])
+        return original(q, k, v, heads)
+
+    plan = meta_plan("decoupled", (1, 0))
+    forbidden_calls.clear()
+    monkeypatch.setattr(plan_module, "scaled_dot_product", faulty)
+    if fault == "to":
+        attend_on_meta(plan, 2)
+        assert forbidden_calls == ["to"] * LAYERS
+    else:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            attend_on_meta(plan, 2)
+        assert forbidden_calls == ["__float__"]
