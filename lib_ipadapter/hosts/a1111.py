@@ -7,9 +7,8 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,14 +20,14 @@ from ..plan import Plan
 from ..progress import progress_of_timestep
 from ..rows import COND, UNCOND, Call
 from .base import UNetInfo
-from .folders import adapter_folders, encoder_folders
+from .folders import ModelFolders
 from .job import fail, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
 
 
-class A1111Host:
+class A1111Host(ModelFolders):
     """AUTOMATIC1111 1.10. Hooks live on modules that stay loaded, so they are removed at every end of sampling."""
 
     name = "AUTOMATIC1111"
@@ -38,14 +37,6 @@ class A1111Host:
         self._hooks: _Hooks | None = None
 
     # Files and memory
-
-    def adapter_folders(self) -> Sequence[Path]:
-        """See :class:`.base.Host`."""
-        return adapter_folders()
-
-    def encoder_folders(self) -> Sequence[Path]:
-        """See :class:`.base.Host`."""
-        return encoder_folders()
 
     def run(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
         """See :class:`.base.Host`."""

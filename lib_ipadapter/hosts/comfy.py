@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from ..plan import Attention
 from ..progress import SigmaSchedule
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from .base import UNetInfo
-from .folders import adapter_folders, encoder_folders
+from .folders import ModelFolders
 from .job import fail, wrap_sampler
 from .unet import describe
 
@@ -31,7 +30,7 @@ REPLACES = "image_prompt_replaces"
 FROM_SHORTER_KEY = "image_prompt_from_shorter_key"
 
 
-class ComfyHost:
+class ComfyHost(ModelFolders):
     """One class for both name spaces; they differ in module names only.
 
     Args:
@@ -46,14 +45,6 @@ class ComfyHost:
         self._text_tokens: Mapping[int, int] | None = None
 
     # Files and memory
-
-    def adapter_folders(self) -> Sequence[Path]:
-        """See :class:`.base.Host`."""
-        return adapter_folders()
-
-    def encoder_folders(self) -> Sequence[Path]:
-        """See :class:`.base.Host`."""
-        return encoder_folders()
 
     @property
     def _memory(self) -> Any:

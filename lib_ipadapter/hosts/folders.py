@@ -15,14 +15,16 @@ ADAPTER_FLAGS = ("ip_adapter_models_path", "controlnet_dir")
 ENCODER_FLAGS = ("ip_adapter_encoders_path", "controlnet_preprocessor_models_dir", "controlnet_dir")
 
 
-def adapter_folders() -> list[Path]:
-    """Folders with adapters and negatives."""
-    return _folders(ADAPTER_FLAGS, ADAPTERS)
+class ModelFolders:
+    """The part of :class:`.base.Host` that is the same everywhere."""
 
+    def adapter_folders(self) -> list[Path]:
+        """Folders with adapters and negatives."""
+        return _folders(ADAPTER_FLAGS, ADAPTERS)
 
-def encoder_folders() -> list[Path]:
-    """Folders with image encoders."""
-    return _folders(ENCODER_FLAGS, ENCODERS)
+    def encoder_folders(self) -> list[Path]:
+        """Folders with image encoders."""
+        return _folders(ENCODER_FLAGS, ENCODERS)
 
 
 def _folders(flags: tuple[str, ...], names: tuple[str, ...]) -> list[Path]:
