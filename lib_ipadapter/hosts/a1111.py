@@ -20,6 +20,7 @@ from ..plan import Plan
 from ..progress import progress_of_timestep
 from ..rows import COND, UNCOND, Call
 from .base import UNetInfo
+from .compute import on_device
 from .folders import ModelFolders
 from .job import fail, wrap_sampler
 from .unet import cross_attention, describe
@@ -46,14 +47,7 @@ class A1111Host(ModelFolders):
         dtype = torch.float32 if device.type == "cpu" else devices.dtype
         if device.type != "cpu" and lowvram.is_enabled(import_module("modules.shared").sd_model):
             lowvram.send_everything_to_cpu()
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            module.to(device=device, dtype=dtype)
-            try:
-                return function(device, dtype)
-            finally:
-                if device.type != "cpu":
-                    module.to("cpu")
-                    devices.torch_gc()
+        return on_device(module, device, dtype, function, devices.torch_gc)
 
     # The UNet
 

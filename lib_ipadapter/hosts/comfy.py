@@ -18,6 +18,7 @@ from ..plan import Attention
 from ..progress import SigmaSchedule
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from .base import UNetInfo
+from .compute import on_device
 from .folders import ModelFolders
 from .job import fail, wrap_sampler
 from .unet import describe
@@ -64,17 +65,9 @@ class ComfyHost(ModelFolders):
         device = torch.device(memory.get_torch_device())
         dtype = torch.float16 if memory.should_use_fp16(device) else torch.float32
         size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
-        # The host may be in inference mode here, whose tensors couldn't be kept for later generations.
-        with torch.inference_mode(False), torch.no_grad():
-            if device.type != "cpu":
-                memory.free_memory(size * 1.2 + WORKING_MEMORY, device)
-            module.to(device=device, dtype=dtype)
-            try:
-                return function(device, dtype)
-            finally:
-                if device.type != "cpu":
-                    module.to("cpu")
-                    memory.soft_empty_cache()
+        if device.type != "cpu":
+            memory.free_memory(size * 1.2 + WORKING_MEMORY, device)
+        return on_device(module, device, dtype, function, memory.soft_empty_cache)
 
     # The UNet
 
