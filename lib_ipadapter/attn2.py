@@ -22,8 +22,8 @@ Replacement = Callable[[Tensor, Tensor, Tensor, ExtraOptions], Tensor]
 
 Marker = Callable[[ExtraOptions], Any]
 """The object that carries the noise level of a UNet call; a new call has a new one."""
-ReadCall = Callable[[Any, ExtraOptions, Tensor], Call]
-"""``(marker, extra_options, q) -> Call``; may read the device, and is called once for each UNet call."""
+ReadCall = Callable[[Any, ExtraOptions, int, Tensor, Tensor], Call]
+"""``(marker, extra_options, layer, q, k) -> Call``; may read the device, and is called once for each UNet call."""
 
 
 class CurrentPlan:
@@ -49,7 +49,7 @@ class CurrentPlan:
         marker = self._marker_of(extra_options)
         shape = (q.shape[0], k.shape[1], extra_options.get("cond_or_uncond"))
         if self._plan is None or layer == self._first_layer or marker is not self._marker or shape != self._shape:
-            call = self._read_call(marker, extra_options, q)
+            call = self._read_call(marker, extra_options, layer, q, k)
             self._plan = self.injection.plan(call, k.shape[1], k.device, k.dtype)
             self._marker, self._shape = marker, shape
         return self._plan

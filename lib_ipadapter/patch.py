@@ -113,7 +113,7 @@ class _BareModel:
         timesteps = extra_options.get("timesteps")
         return extra_options.get("sigmas") if timesteps is None else timesteps
 
-    def call(self, marker: Any, extra_options: ExtraOptions, q: Tensor) -> Call:
+    def call(self, marker: Any, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
         """Rows and progress of the call; one device read at most."""
         roles = extra_options.get("cond_or_uncond")
         if not roles or q.shape[0] % len(roles):

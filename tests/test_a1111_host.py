@@ -332,21 +332,25 @@ def test_skipped_uncond_rows_do_not_shift_the_next_step(webui: SimpleNamespace, 
 
 
 def test_a_step_that_runs_once_more_has_the_same_rows(webui: SimpleNamespace, unet: UNet) -> None:
+    """Also where prompt and negative prompt are the same, so that no text tells them apart."""
     specs = COMBINATIONS["joint, no uncond"]
     host, p = A1111Host(), job(unet)
     host.attach(p, injection_of(specs))
-    step(host, 1, 1)
-    x, context = inputs(1, 7)
-    for roles in ((COND,), (UNCOND,), (COND,), (UNCOND,)):
-        assert_all_close(call_unet(unet, x, context), attended(unet, injection_of(specs), roles, x, context))
+    x, context = inputs(2, 7)
+    context[1] = context[0]
+    host.on_step(SimpleNamespace(text_cond=context[:1], text_uncond=context[1:]))
+    for _ in range(3):
+        found = call_unet(unet, x, context)
+        assert_all_close(found, attended(unet, injection_of(specs), (COND, UNCOND), x, context))
 
 
-def test_the_conds_of_sdxl_are_dictionaries_with_a_shape(webui: SimpleNamespace, unet: UNet) -> None:
+def test_the_conds_of_sdxl_are_dictionaries(webui: SimpleNamespace, unet: UNet) -> None:
     specs = COMBINATIONS["joint"]
     host, p = A1111Host(), job(unet)
     host.attach(p, injection_of(specs))
-    host.on_step(SimpleNamespace(text_cond=SimpleNamespace(shape=(2, 7)), text_uncond=SimpleNamespace(shape=(1, 7))))
     x, context = inputs(3, 7)
+    text_cond, text_uncond = ({"crossattn": rows, "vector": rows[:, 0]} for rows in (context[:2], context[2:]))
+    host.on_step(SimpleNamespace(text_cond=text_cond, text_uncond=text_uncond))
     found = call_unet(unet, x, context)
     assert_all_close(found, attended(unet, injection_of(specs), (COND, COND, UNCOND), x, context))
 
@@ -397,7 +401,7 @@ def test_half_precision_keeps_its_type(webui: SimpleNamespace, unet: UNet) -> No
 
 
 @pytest.mark.parametrize(("uncond", "calls"), [(1, [3]), (1, [1, 2]), (None, [2]), (2, [2, 2])])
-def test_more_rows_than_the_step_has_are_refused(
+def test_a_call_beyond_the_step_with_another_text_is_refused(
     webui: SimpleNamespace, unet: UNet, uncond: int | None, calls: list[int]
 ) -> None:
     host, p = A1111Host(), job(unet)
@@ -406,14 +410,33 @@ def test_more_rows_than_the_step_has_are_refused(
     *fine, wrong = calls
     for rows in fine:
         call_unet(unet, *inputs(rows, 7))
-    with pytest.raises(IPAdapterError, match=f"called with {wrong} rows where the step has"):
+    with pytest.raises(IPAdapterError, match="neither the prompt nor the negative"):
         call_unet(unet, *inputs(wrong, 7))
+
+
+@pytest.mark.parametrize("roles", [(UNCOND,), (COND,), (UNCOND, COND), (COND, UNCOND, UNCOND)])
+@pytest.mark.parametrize("padding", [-2, 0, 3])
+def test_a_call_beyond_the_step_is_told_by_its_text(
+    webui: SimpleNamespace, unet: UNet, roles: tuple[int, ...], padding: int
+) -> None:
+    """As self-attention guidance does with the uncond text. Pad options make a call's text longer or shorter."""
+    host, p = A1111Host(), job(unet)
+    host.attach(p, injection_of(COMBINATIONS["joint"]))
+    x, context = inputs(2, 7)
+    host.on_step(SimpleNamespace(text_cond=context[:1], text_uncond={"crossattn": context[1:]}))
+    call_unet(unet, x, context)
+    texts = {COND: context[0], UNCOND: context[1]}
+    given = torch.stack([texts[role] for role in roles])
+    given = F.pad(given, (0, 0, 0, padding)) if padding > 0 else given[:, : 7 + padding]
+    x = inputs(len(roles), 7, seed=3)[0]
+    found = call_unet(unet, x, given)
+    assert_all_close(found, attended(unet, injection_of(COMBINATIONS["joint"]), roles, x, given))
 
 
 def test_a_call_outside_every_step_is_refused(webui: SimpleNamespace, unet: UNet) -> None:
     host, p = A1111Host(), job(unet)
     host.attach(p, injection_of(COMBINATIONS["joint"]))
-    with pytest.raises(IPAdapterError, match="called with 2 rows where the step has 0 left"):
+    with pytest.raises(IPAdapterError, match="neither the prompt nor the negative"):
         call_unet(unet, *inputs(2, 7))
 
 

@@ -18,7 +18,8 @@ from ..errors import IPAdapterError
 from ..injection import Injection
 from ..plan import Plan
 from ..progress import progress_of_timestep
-from ..rows import COND, UNCOND, Call
+from ..rows import COND, Call
+from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
@@ -88,8 +89,7 @@ class A1111Host(ModelFolders):
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. UNet calls consume the step's rows in order: all cond rows, then all uncond rows."""
         if self._hooks is not None:
-            cond, uncond = params.text_cond, params.text_uncond
-            self._hooks.begin_step((COND,) * _rows(cond) + (UNCOND,) * (0 if uncond is None else _rows(uncond)))
+            self._hooks.begin_step(step_texts(params))
 
     # The job
 
@@ -111,16 +111,12 @@ class A1111Host(ModelFolders):
         p.comment(message)
 
 
-def _rows(text: Any) -> int:
-    """Rows of a batch of conds: a tensor, or SDXL's dictionary with a shape."""
-    return int(text.shape[0])
-
-
 class _Hooks:
     """All hooks of one injection on one UNet."""
 
     def __init__(self, info: UNetInfo, injection: Injection) -> None:
         self._injection = injection
+        self._texts: Mapping[int, Tensor] = {}
         self._roles: tuple[int, ...] = ()
         self._cursor = 0
         self._call: Call | None = None
@@ -134,9 +130,10 @@ class _Hooks:
         for number, key in enumerate(info.keys):
             self._hook_layer(number, layers[key])
 
-    def begin_step(self, roles: tuple[int, ...]) -> None:
-        """Before a step's UNet calls: the roles of all its rows."""
-        self._roles, self._cursor = roles, 0
+    def begin_step(self, texts: Mapping[int, Tensor]) -> None:
+        """Before a step's UNet calls: the texts of all its rows by role, cond first."""
+        self._texts, self._cursor = texts, 0
+        self._roles = tuple(role for role, text in texts.items() for _ in range(text.shape[0]))
 
     def remove(self) -> None:
         """Takes every hook out."""
@@ -158,15 +155,12 @@ class _Hooks:
         x = args[0] if args else kwargs["x"]
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
         rows = int(x.shape[0])
-        if self._cursor == len(self._roles):
-            self._cursor = 0  # another extension runs the whole step once more
         roles = self._roles[self._cursor : self._cursor + rows]
-        if len(roles) != rows:
-            raise IPAdapterError(
-                f"The UNet is called with {rows} rows where the step has {len(self._roles) - self._cursor} left, so it "
-                "can't be told which of them are cond: switch off the extension that calls it, or IP-Adapter."
-            )
-        self._cursor += rows
+        if len(roles) == rows:
+            self._cursor += rows
+        else:  # another extension calls the UNet once more than the step
+            context = args[2] if len(args) > 2 else kwargs["context"]
+            roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else None)
         self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
         self._plan = None
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..attn2 import CurrentPlan, ExtraOptions, Replacement, make_replacement
+from ..attn2 import CurrentPlan, ExtraOptions, ReadCall, Replacement, make_replacement
 from ..errors import IPAdapterError
 from ..injection import Injection
-from ..layers import first_in_forward_order
+from ..layers import LayerKey, first_in_forward_order
 from ..plan import Attention
 from ..progress import SigmaSchedule
-from ..rows import COND, UNCOND, Call, roles_of_rows
+from ..rows import UNCOND, Call, roles_of_rows
+from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
 from .job import fail, wrap_sampler
-from .unet import describe
+from .unet import cross_attention, describe
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ class ComfyHost(ModelFolders):
     def __init__(self, namespace: str) -> None:
         self.name = {"backend": "Forge", "ldm_patched": "Forge (ldm_patched)"}[namespace]
         self._namespace = namespace
-        self._text_tokens: Mapping[int, int] | None = None
+        self._step = _Step({}, {})
 
     # Files and memory
 
@@ -83,7 +85,7 @@ class ComfyHost(ModelFolders):
         current = CurrentPlan(
             injection,
             lambda extra_options: extra_options["sigmas"],
-            self._reader(unet),
+            self._reader(unet, info.keys),
             first_in_forward_order(info.keys),
         )
         there = _replacements(unet)
@@ -123,18 +125,27 @@ class ComfyHost(ModelFolders):
 
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. These hosts repeat the shorter of two prompts; here is how long each really is."""
-        texts = {COND: params.text_cond, UNCOND: params.text_uncond}
-        self._text_tokens = {role: _tokens(text) for role, text in texts.items() if text is not None}
+        texts = step_texts(params)
+        images = max(1, int(params.x.shape[0]))
+        self._step = _Step(texts, {role: int(text.shape[0]) // images for role, text in texts.items()})
 
-    def _reader(self, unet: Any) -> Callable[[Any, ExtraOptions, Tensor], Call]:
+    def _reader(self, unet: Any, keys: Sequence[LayerKey]) -> ReadCall:
         model = unet.model
         schedule = SigmaSchedule((getattr(model, "predictor", None) or model.model_sampling).sigmas.tolist())
+        first_layer = first_in_forward_order(keys)
+        attn2s = dict(cross_attention(model.diffusion_model))
 
-        def read(sigmas: Tensor, extra_options: ExtraOptions, q: Tensor) -> Call:
-            roles = roles_of_rows(
-                extra_options["cond_or_uncond"], sigmas.shape[0], q.shape[0], int(extra_options["original_shape"][0])
-            )
-            return Call(roles, schedule.progress(float(sigmas[0])), self._text_tokens)
+        def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
+            chunks = extra_options["cond_or_uncond"]
+            roles = roles_of_rows(chunks, sigmas.shape[0], q.shape[0], int(extra_options["original_shape"][0]))
+            step = self._step
+            if layer == first_layer:
+                step.count(chunks)
+            if step.beyond and len(set(chunks)) == 1 and step.texts:
+                to_k: Any = attn2s[keys[layer]].to_k
+                texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
+                roles = roles_by_text(k, texts, roles)
+            return Call(roles, schedule.progress(float(sigmas[0])), step.text_tokens)
 
         return read
 
@@ -245,6 +256,24 @@ def _chained(
     return replacement
 
 
-def _tokens(text: Any) -> int:
-    """Text tokens of a batch of conds; SDXL's are dictionaries."""
-    return int((text["crossattn"] if isinstance(text, dict) else text).shape[1])
+@dataclass
+class _Step:
+    """What the sampler announced for the UNet calls of one denoiser call."""
+
+    texts: Mapping[int, Tensor]
+    """By role, ``[chunks x images, M, C]``; empty before the first step."""
+    left: dict[int, int]
+    """Chunks of each role that are still to come."""
+    beyond: bool = False
+    """Whether the running call has more chunks of a role than that: another extension makes it, and may mislabel it."""
+
+    @property
+    def text_tokens(self) -> Mapping[int, int] | None:
+        """Text tokens of each role before the host repeats the shorter."""
+        return {role: int(text.shape[1]) for role, text in self.texts.items()} or None
+
+    def count(self, chunks: Sequence[int]) -> None:
+        """A UNet call begins."""
+        for role in chunks:
+            self.left[role] = self.left.get(role, 0) - 1
+        self.beyond = any(self.left[role] < 0 for role in chunks)

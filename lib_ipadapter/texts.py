@@ -1,0 +1,63 @@
+"""Telling cond from uncond by the text itself, for UNet calls that a step's own list of rows doesn't account for.
+
+Self-attention guidance sends the uncond text through the UNet once more and calls it cond; other extensions send
+parts of a step again. Only such calls are compared, each with one read of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import IPAdapterError
+from .rows import COND, UNCOND
+
+TOLERANCE = 1e-2
+"""Share of the largest value by which equal texts may differ: the host may have cast them to half precision."""
+
+
+def step_texts(params: Any) -> dict[int, Tensor]:
+    """The texts that a host's denoiser callback tells, by role: ``[rows, M, C]``. SDXL's come in dictionaries."""
+    given = {COND: params.text_cond, UNCOND: params.text_uncond}
+    return {
+        role: text["crossattn"] if isinstance(text, dict) else text for role, text in given.items() if text is not None
+    }
+
+
+def roles_by_text(given: Tensor, texts: Mapping[int, Tensor], labels: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The role of every row of a UNet call.
+
+    Args:
+        given: ``[R, M, C]``, the call's text, or what one projection makes of it.
+        texts: the step's texts by role, ``[rows, m, C]``, treated the same. Where the lengths differ, what they have
+            in common is compared: hosts repeat or pad at the end.
+        labels: roles to believe where both texts are the same; None: cond.
+
+    Raises:
+        IPAdapterError: if a row has neither text.
+    """
+    if labels is None:
+        labels = (COND,) * given.shape[0]
+    same = torch.stack([_has_one_of(given, text) for text in texts.values()]).tolist() if texts else []
+    found = []
+    for row, label in enumerate(labels):
+        of_row = [role for role, matches in zip(texts, same, strict=True) if matches[row]]
+        if not of_row:
+            raise IPAdapterError(
+                "The UNet is called beyond the step's own calls, with a text that is neither the prompt nor the "
+                "negative prompt, so it can't be told whether it is cond: switch off the extension that does so, or "
+                "IP-Adapter."
+            )
+        found.append(label if label in of_row else of_row[0])
+    return tuple(found)
+
+
+def _has_one_of(given: Tensor, known: Tensor) -> Tensor:
+    """For every row of ``given`` whether it is one of ``known``'s, ``[R]``."""
+    tokens = min(given.shape[1], known.shape[1])
+    a, b = given[:, :tokens].float(), known[:, :tokens].to(given.device).float()
+    distance = (a[:, None] - b[None]).abs().amax(dim=(2, 3))
+    return (distance <= TOLERANCE * b.abs().amax()).any(dim=1)
