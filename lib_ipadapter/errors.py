@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ERROR_KEY = "IP-Adapter error"
+"""Key in a picture's parameters for a sentence that doesn't end the job: API clients see parameters, not comments."""
+
 
 class IPAdapterError(ValueError):
     """Something the user asked for can't be done; the message is one sentence they can act on.

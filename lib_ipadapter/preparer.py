@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -123,6 +124,11 @@ class Preparer:
         Raises:
             IPAdapterError: for a file or picture that is missing, broken or something else, or made for another UNet.
         """
+        # A job inside a job (a face detailer's) starts in inference mode, whose tensors can't be kept for later ones.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._prepare(unit, info)
+
+    def _prepare(self, unit: Unit, info: UNetInfo) -> PreparedUnit:
         path = self._library.adapter_path(unit.model)
         kind = self._kinds.get(file_identity(path), lambda: recognise_adapter(open_tensors(path).tensors, path.name))
         check_fit(unit.model, kind, info)

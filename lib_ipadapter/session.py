@@ -6,12 +6,13 @@ host's processing object, so that a job inside a job (a face detailer's, say) ha
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import IPAdapterError
+from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .injection import Injection
 from .library import Library
@@ -20,8 +21,7 @@ from .progress import Window
 from .units import Unit
 
 INFOTEXT_KEY = "IP-Adapter"
-ERROR_KEY = "IP-Adapter error"
-"""Where a sentence goes that doesn't end the job: API clients see no comments, but the picture's parameters."""
+_OUR_KEY = re.compile(rf"{INFOTEXT_KEY} \d+|{ERROR_KEY}")
 
 # Attribute of the host's processing object that holds its run.
 _RUN = "image_prompt_run"
@@ -73,6 +73,9 @@ class Session:
         """A job starts: nothing of an earlier one may act in it, however that ended."""
         setattr(p, _RUN, None)
         self._host.detach(p)
+        # A copied job (a cell of an X/Y/Z grid) shares its parameters with the others; ours are of this job alone.
+        parameters = {key: value for key, value in p.extra_generation_params.items() if not _OUR_KEY.fullmatch(key)}
+        p.extra_generation_params = parameters
 
     def prepare(self, p: Any, units: Sequence[Unit]) -> Mapping[str, str]:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
@@ -116,6 +119,11 @@ class Session:
             if not isinstance(error, IPAdapterError):
                 traceback.print_exc()
             self._host.fail_in_sampling(p, str(error))
+
+    def drop_refused(self, p: Any, pictures: list[Any]) -> None:
+        """Takes out what a host has decoded although the job was refused."""
+        if self._host.was_refused(p):
+            pictures.clear()
 
     def end(self, p: Any) -> None:
         """A job is over."""

@@ -1,18 +1,19 @@
-"""Random model files of true layout, full-size or small: checkpoints of SD1.5 and SDXL, and CLIP image encoders.
+"""Random model files of true layout, full-size or small: checkpoints of SD1.5, SDXL and its refiner, image encoders.
 
-Keys and shapes follow the layout of the public single-file checkpoints (ldm's UNet and autoencoder, CLIP's text tower).
+Keys and shapes follow the layout of the public single-file checkpoints (ldm's UNet and autoencoder, the text towers of
+CLIP and OpenCLIP).
 The weights say nothing; they are scaled so that activations neither vanish nor overflow in half precision.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,6 +34,10 @@ class Layout:
     vae_width: int = 128
     text_width: int = 768
     text_layers: int = 12
+    """Of CLIP's text tower; 0 where a family has none."""
+    big_text_width: int = 1280
+    big_text_layers: int = 0
+    """Of OpenCLIP's bigG text tower, likewise."""
 
     @property
     def attention_widths(self) -> list[int]:
@@ -53,6 +58,30 @@ SDXL = Layout(
     context=2048,
     vector=2816,
     linear_projection=True,
+    big_text_layers=32,
+)
+SDXL_REFINER = replace(
+    SDXL,
+    width=384,
+    multipliers=(1, 2, 4, 4),
+    depths=(0, 4, 4, 0),
+    middle_depth=4,
+    context=1280,
+    vector=2560,
+    text_layers=0,
+)
+SMALL_SDXL = replace(
+    SDXL,
+    width=64,
+    depths=(0, 1, 2),
+    middle_depth=2,
+    context=128,
+    vector=64 + 6 * 256,
+    vae_width=32,
+    text_width=64,
+    text_layers=2,
+    big_text_width=64,
+    big_text_layers=2,
 )
 
 
@@ -203,7 +232,30 @@ def text_tower(width: int, layers: int) -> Shapes:
     shapes = clip_tower("text_model.", width, layers, 4 * width)
     shapes["text_model.embeddings.token_embedding.weight"] = (49408, width)
     shapes["text_model.embeddings.position_embedding.weight"] = (77, width)
+    shapes["text_model.embeddings.position_ids"] = (1, 77)
     shapes["text_model.final_layer_norm.weight"] = shapes["text_model.final_layer_norm.bias"] = (width,)
+    return shapes
+
+
+def open_text_tower(width: int, layers: int) -> Shapes:
+    """OpenCLIP's text tower in its own layout: query, key and value in one projection."""
+    shapes: Shapes = {}
+    for block in (f"transformer.resblocks.{n}" for n in range(layers)):
+        shapes[f"{block}.attn.in_proj_weight"] = (3 * width, width)
+        shapes[f"{block}.attn.in_proj_bias"] = (3 * width,)
+        for name, shape in (
+            ("attn.out_proj", (width, width)),
+            ("mlp.c_fc", (4 * width, width)),
+            ("mlp.c_proj", (width, 4 * width)),
+            *_norms("ln_1", "ln_2", width=width),
+        ):
+            shapes[f"{block}.{name}.weight"] = shape
+            shapes[f"{block}.{name}.bias"] = shape[:1]
+    shapes["token_embedding.weight"] = (49408, width)
+    shapes["positional_embedding"] = (77, width)
+    shapes["ln_final.weight"] = shapes["ln_final.bias"] = (width,)
+    shapes["text_projection"] = (width, width)
+    shapes["logit_scale"] = ()
     return shapes
 
 
@@ -221,36 +273,103 @@ def image_encoder(width: int = 1280, layers: int = 32, mlp: int = 5120, projecti
 
 def sd15_checkpoint(layout: Layout = SD15) -> Shapes:
     """A whole SD1.5 checkpoint."""
-    return {
-        **{f"model.diffusion_model.{key}": shape for key, shape in unet(layout).items()},
-        **{f"first_stage_model.{key}": shape for key, shape in autoencoder(layout.vae_width).items()},
-        **{
-            f"cond_stage_model.transformer.{key}": shape
-            for key, shape in text_tower(layout.text_width, layout.text_layers).items()
-        },
+    return _whole(layout, {"cond_stage_model.transformer": text_tower(layout.text_width, layout.text_layers)})
+
+
+def sdxl_checkpoint(layout: Layout = SDXL) -> Shapes:
+    """A whole SDXL base checkpoint."""
+    towers = {
+        "conditioner.embedders.0.transformer": text_tower(layout.text_width, layout.text_layers),
+        "conditioner.embedders.1.model": open_text_tower(layout.big_text_width, layout.big_text_layers),
     }
+    return _whole(layout, towers)
+
+
+def sdxl_refiner_checkpoint(layout: Layout = SDXL_REFINER) -> Shapes:
+    """A whole checkpoint of the SDXL refiner, which has the one text tower."""
+    tower = open_text_tower(layout.big_text_width, layout.big_text_layers)
+    return _whole(layout, {"conditioner.embedders.0.model": tower})
+
+
+def _whole(layout: Layout, text_towers: dict[str, Shapes]) -> Shapes:
+    parts = {
+        "model.diffusion_model": unet(layout),
+        "first_stage_model": autoencoder(layout.vae_width),
+        **text_towers,
+    }
+    return {f"{part}.{key}": shape for part, shapes in parts.items() for key, shape in shapes.items()}
 
 
 # Where a weight of size one over the root of its fan-in gives too little contrast, or too much.
-_GAINS = {"to_q.": 1.6, "to_k.": 1.6, "q_proj.": 1.6, "k_proj.": 1.6, "to_k_ip.": 1.6, "out_proj.": 0.6, "fc2.": 0.6}
+_GAINS = {
+    "to_q.": 1.6,
+    "to_k.": 1.6,
+    "q_proj.": 1.6,
+    "k_proj.": 1.6,
+    "in_proj_": 1.6,
+    "to_k_ip.": 1.6,
+    "out_proj.": 0.6,
+    "fc2.": 0.6,
+    "c_proj.": 0.6,
+}
 
 
-def random_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One weight in half precision."""
-    t = torch.randn(shape, generator=generator)
+class Noise:
+    """Normal values for many tensors, quickly: windows of one block, no two of which start at the same place.
+
+    A window longer than the block repeats it; the block's length is prime, so the rows of a matrix still differ.
+    """
+
+    LENGTH = 4_194_301
+    STEP = 2_592_221
+    """From one window's start to the next one's, around the block."""
+
+    def __init__(self, seed: int) -> None:
+        values = torch.randn(self.LENGTH, generator=torch.Generator().manual_seed(seed))
+        self._values = torch.cat((values, values))
+        self._start = 0
+
+    def tensor(self, shape: tuple[int, ...], scale: float, mean: float = 0.0) -> torch.Tensor:
+        """The next window, in half precision."""
+        count = math.prod(shape)
+        self._start = (self._start + self.STEP) % self.LENGTH
+        window = self._values[self._start : self._start + min(count, self.LENGTH)]
+        window = (window * scale + mean).half()
+        return window.repeat(-(-count // self.LENGTH))[:count].reshape(shape)
+
+
+def random_tensor(key: str, shape: tuple[int, ...], noise: Noise) -> torch.Tensor:
+    """One weight in half precision, or the one table of indices that checkpoints hold."""
+    if _is_indices(key):
+        return torch.arange(math.prod(shape)).reshape(shape)
     if len(shape) == 1:
-        t = 1 + 0.1 * t if key.endswith("weight") else 0.05 * t
-    elif "embedding.weight" in key and "patch" not in key:
-        t *= 0.3
-    else:
-        gain = next((gain for part, gain in _GAINS.items() if part in key), 1.0)
-        t *= gain / math.sqrt(math.prod(shape[1:]))
-    return t.half()
+        return noise.tensor(shape, 0.1, mean=1) if key.endswith("weight") else noise.tensor(shape, 0.05)
+    if ("embedding.weight" in key and "patch" not in key) or key.endswith("positional_embedding"):
+        return noise.tensor(shape, 0.3)
+    gain = next((gain for part, gain in _GAINS.items() if part in key), 1.0)
+    return noise.tensor(shape, gain / math.sqrt(math.prod(shape[1:])))
+
+
+def _is_indices(key: str) -> bool:
+    return key.endswith("position_ids")
 
 
 def write_random(path: Path, shapes: Shapes, seed: int) -> Path:
-    """Writes a safetensors file that depends on ``seed`` alone."""
-    generator = torch.Generator().manual_seed(seed)
+    """Writes a safetensors file that depends on ``seed`` alone, one tensor after another: none waits in memory."""
+    # Indices come first: every tensor then starts at a multiple of its element's size.
+    keys = sorted(shapes, key=lambda key: (not _is_indices(key), key))
+    header: dict[str, object] = {}
+    end = 0
+    for key in keys:
+        name, size = ("I64", 8) if _is_indices(key) else ("F16", 2)
+        start, end = end, end + size * math.prod(shapes[key])
+        header[key] = {"dtype": name, "shape": shapes[key], "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    noise = Noise(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: random_tensor(key, shape, generator) for key, shape in shapes.items()}, path)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            file.write(random_tensor(key, shapes[key], noise).numpy().data)
     return path

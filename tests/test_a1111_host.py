@@ -124,6 +124,7 @@ def webui(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_unet": {"current_unet": None},
         "devices": {"device": "cpu", "dtype": torch.float32, "dtype_unet": torch.float32, "torch_gc": lambda: None},
         "lowvram": {"is_enabled": lambda model: False},
+        "processing": {"StableDiffusionProcessing": type("Job", (), {}), "Processed": type("Processed", (), {})},
         "shared": {"sd_model": None, "state": SimpleNamespace(interrupted=False, skipped=False)},
     }
     monkeypatch.setitem(sys.modules, "modules", ModuleType("modules"))

@@ -52,26 +52,122 @@ def test_the_built_in_adapter_can_add_itself_to_our_replacement(
     assert isinstance(_not_ours(ours), BuiltIn)
 
 
-@pytest.mark.parametrize(
-    ("namespace", "is_api", "raises"),
-    [("backend", True, True), ("backend", False, True), ("ldm_patched", True, True), ("ldm_patched", False, False)],
-)
-def test_failing_reaches_page_and_api(
-    namespace: str, is_api: bool, raises: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared = SimpleNamespace(state=SimpleNamespace(interrupted=False))
-    monkeypatch.setitem(sys.modules, "modules.shared", shared)  # type: ignore[arg-type]
-    said: list[str] = []
-    p = SimpleNamespace(is_api=is_api, sampler=None, comment=said.append, init=lambda: None)
-    ComfyHost(namespace).fail(p, "It can't be done.")
-    if raises:
+class Job:
+    """The host's processing object."""
+
+    def __init__(self, is_api: bool = False, sampler: Any = None) -> None:
+        self.is_api, self.sampler = is_api, sampler
+        self.comments: list[str] = []
+        self.extra_generation_params: dict[str, str] = {}
+        self.comment = self.comments.append
+
+    def init(self) -> None:
+        """What hosts call behind the hook ``process``."""
+
+
+@pytest.fixture
+def webui(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    parts = {
+        "shared": SimpleNamespace(state=SimpleNamespace(interrupted=False, skipped=False)),
+        "processing": SimpleNamespace(StableDiffusionProcessing=Job, Processed=type("Processed", (), {})),
+    }
+    for name, part in parts.items():
+        monkeypatch.setitem(sys.modules, f"modules.{name}", part)  # type: ignore[arg-type]
+    return SimpleNamespace(**parts)
+
+
+def process_images(p: Any, hook: Any) -> None:
+    """A host's function of this name, in whose frames a job is known."""
+    process_images_inner(p, hook)
+
+
+def process_images_inner(p: Any, hook: Any) -> None:
+    hook()
+    p.init()
+
+
+KINDS = [("backend", True), ("backend", False), ("ldm_patched", True), ("ldm_patched", False)]
+LOST = ("ldm_patched", False)
+"""The page of these hosts loses an exception's text but shows comments."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_failing_before_sampling_reaches_page_and_api(kind: tuple[str, bool], webui: SimpleNamespace) -> None:
+    host, p = ComfyHost(kind[0]), Job(kind[1])
+    if kind == LOST:
+        process_images(p, lambda: host.fail(p, "It can't be done."))
+        assert p.comments == ["It can't be done."]
+        assert webui.shared.state.interrupted
+        assert p.do_not_save_grid  # type: ignore[attr-defined]
+        assert host.was_refused(p)
+    else:
         with pytest.raises(IPAdapterError, match="can't be done"):
-            p.init()
-        assert not shared.state.interrupted
-    else:  # the page there loses an exception's text but shows comments
-        assert said == ["It can't be done."]
-        assert shared.state.interrupted
-        assert p.do_not_save_grid
+            process_images(p, lambda: host.fail(p, "It can't be done."))
+        assert not webui.shared.state.interrupted
+        assert not host.was_refused(p)
+        assert not p.comments
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_failing_in_a_pass_reaches_page_and_api(kind: tuple[str, bool], when: str, webui: SimpleNamespace) -> None:
+    def sample(p: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        raise IPAdapterError("It can't be done.")
+
+    host, p = ComfyHost(kind[0]), Job(kind[1], SimpleNamespace(sample=sample))
+    latent = torch.randn(2, 4, 8, 8)
+    results: list[torch.Tensor] = []
+
+    def run() -> None:
+        if when == "before":
+            host.fail(p, "It can't be done.")
+        else:
+            host.around_sampling(p, lambda: None)
+        results.append(p.sampler.sample(p, latent))
+
+    if kind == LOST:
+        process_images_inner(p, run)
+        assert torch.equal(results[0], torch.zeros_like(latent))
+        assert p.comments == ["It can't be done."]
+        assert host.was_refused(p)
+        assert webui.shared.state.interrupted
+    else:
+        with pytest.raises(IPAdapterError, match="can't be done"):
+            process_images_inner(p, run)
+        assert not host.was_refused(p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_inside_a_job_raises_and_tells_the_outer_one(kind: tuple[str, bool], webui: SimpleNamespace) -> None:
+    host, outer, inner = ComfyHost(kind[0]), Job(kind[1]), Job()
+
+    def detailer() -> None:
+        with pytest.raises(IPAdapterError, match="can't be done"):
+            process_images(inner, lambda: host.fail(inner, "It can't be done."))
+
+    process_images(outer, detailer)
+    assert outer.comments == ["It can't be done."]
+    assert outer.extra_generation_params == {"IP-Adapter error": "It can't be done."}
+    assert not inner.comments
+    assert not webui.shared.state.interrupted
+
+
+def test_a_cell_of_a_grid_raises_and_its_result_so_far_knows(webui: SimpleNamespace) -> None:
+    host, p, cell = ComfyHost("ldm_patched"), Job(), Job()
+    cell.extra_generation_params = p.extra_generation_params
+    first = webui.processing.Processed()
+    first.comments, first.extra_generation_params = "", {"IP-Adapter 1": "model: one"}
+
+    def draw_xyz_grid(p: Any) -> None:
+        processed_result = first
+        with pytest.raises(IPAdapterError, match="can't be done"):
+            process_images(cell, lambda: host.fail(cell, "It can't be done."))
+        assert processed_result.comments == "It can't be done.\n"
+
+    draw_xyz_grid(p)
+    assert p.comments == ["It can't be done."]
+    assert p.extra_generation_params["IP-Adapter error"] == "It can't be done."
+    assert first.extra_generation_params["IP-Adapter error"] == "It can't be done."
 
 
 def test_a_module_that_does_not_fit_on_the_device_is_off_it_again() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 import tests.embedded.attention
 from tests.embedded import Host
 from tests.embedded.demo_models import DemoModels
+from tests.embedded.host import PROJECT_ROOT
 from tests.embedded_hosts import TITLE, request, unit
 from tests.photos import base64_photo
 
@@ -270,31 +271,60 @@ def test_switched_on_without_a_picture_the_job_stops(host: Host) -> None:
     assert len(host.txt2img(**request()).images) == 1
 
 
-def test_a_job_inside_a_job_has_its_own_units(host_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    scripts = tmp_path / "nested" / "scripts"
-    scripts.mkdir(parents=True)
-    (scripts / "nested.py").write_text(
-        "import copy\n"
-        "from modules import scripts, processing\n"
-        "class Nested(scripts.Script):\n"
-        "    inside = False\n"
-        "    def title(self): return 'Nested'\n"
-        "    def show(self, is_img2img): return scripts.AlwaysVisible\n"
-        "    def postprocess_image(self, p, pp, *args):\n"
-        "        if Nested.inside: return\n"
-        "        Nested.inside = True\n"
-        "        try:\n"
-        "            inner = processing.StableDiffusionProcessingImg2Img(sd_model=p.sd_model, init_images=[pp.image],\n"
-        "                prompt=p.prompt, negative_prompt=p.negative_prompt, steps=4, width=64, height=64,\n"
-        "                denoising_strength=0.75, cfg_scale=p.cfg_scale, seed=p.seed)\n"
-        "            inner.scripts, inner.script_args = p.scripts, [False] + [''] * 10\n"
-        "            pp.image = processing.process_images(inner).images[0]\n"
-        "        finally:\n"
-        "            Nested.inside = False\n"
-    )
-    from tests.embedded.host import PROJECT_ROOT
+NESTED = """
+import copy
+from modules import scripts, processing
+class Nested(scripts.Script):
+    inside = False
+    def title(self): return 'Nested'
+    def show(self, is_img2img): return scripts.AlwaysVisible
+    def postprocess_image(self, p, pp, *args):
+        if Nested.inside: return
+        Nested.inside = True
+        try:
+            inner = processing.StableDiffusionProcessingImg2Img(sd_model=p.sd_model, init_images=[pp.image],
+                prompt=p.prompt, negative_prompt=p.negative_prompt, steps=4, width=64, height=64,
+                denoising_strength=0.5, cfg_scale=p.cfg_scale, seed=p.seed)
+            inner.scheduler = 'SGM Uniform'
+            inner.scripts, inner.script_args = p.scripts, INNER_ARGS
+            pp.image = processing.process_images(inner).images[0]
+        finally:
+            Nested.inside = False
+"""
+"""An extension that draws once more in every picture, as face detailers do."""
 
-    host = host_of("sd15", extensions=(PROJECT_ROOT, tmp_path / "nested"))
+
+def host_with_nested_jobs(host_of: Any, folder: Path, inner_args: str) -> Host:
+    scripts = folder / "nested" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "nested.py").write_text(NESTED.replace("INNER_ARGS", inner_args))
+    made: Host = host_of("sd15", extensions=(PROJECT_ROOT, folder / "nested"))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("inner_unit", "words"),
+    [
+        (unit() | {"model": "nowhere"}, "nowhere"),  # refused before anything is drawn
+        (unit(stop=0.1), "would never act"),  # in its first UNet call
+        (unit(start=0.9995), "would never act"),  # at the end of its sampling
+    ],
+)
+def test_the_sentence_of_a_job_inside_a_job_is_seen_outside(
+    host_of: Any, tmp_path: Path, inner_unit: dict[str, Any], words: str
+) -> None:
+    host = host_with_nested_jobs(host_of, tmp_path, f"[True, {inner_unit!r}] + [''] * 9")
+    result = host.txt2img(**request(n_iter=2))
+    assert len(result.images) == 2  # the host swallows what the inner job raises
+    for text in result.infotexts:
+        assert "IP-Adapter error" in text
+        assert words in text
+    assert words in result.info["extra_generation_params"]["IP-Adapter error"]
+    assert len(host.txt2img(**request(unit())).images) == 1
+
+
+def test_a_job_inside_a_job_has_its_own_units(host_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    host = host_with_nested_jobs(host_of, tmp_path, "[False] + [''] * 10")
     plain = host.txt2img(**request())
     assert {call.depth for call in host.unet_calls} == {0, 1}
     watch = Watch(host, monkeypatch)

@@ -106,6 +106,10 @@ class A1111Host(ModelFolders):
         if self._hooks is not None:
             self._hooks.refuse(p.sd_model.model.diffusion_model, message)
 
+    def was_refused(self, p: Any) -> bool:
+        """See :class:`.base.Host`. The page shows exceptions here."""
+        return False
+
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
         p.comment(message)

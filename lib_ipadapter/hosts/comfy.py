@@ -22,10 +22,13 @@ from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, wrap_sampler
+from .job import fail, is_swallowed, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
+
+# Attribute of the host's processing object.
+_REFUSED = "image_prompt_refused"
 
 # Function attribute by which our replacements are known again: what stood in the layer before.
 REPLACES = "image_prompt_replaces"
@@ -153,17 +156,32 @@ class ComfyHost(ModelFolders):
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """See :class:`.base.Host`."""
-        wrap_sampler(p, after)
+        wrap_sampler(p, after, refuse=lambda message: self._refused_by_comment(p, message))
 
     def fail(self, p: Any, message: str) -> None:
-        """See :class:`.base.Host`. The page of hosts on ``ldm_patched`` loses an exception's text, not comments."""
-        if self._namespace != "backend" and not getattr(p, "is_api", False):
-            self.comment(p, message)
-            if getattr(p, "sampler", None) is None:
-                import_module("modules.shared").state.interrupted = True
-                p.do_not_save_grid = True
-                return
-        fail(p, message)
+        """See :class:`.base.Host`."""
+        if self._refused_by_comment(p, message):
+            skip_sampling(p)
+        else:
+            fail(p, message)
+
+    def _refused_by_comment(self, p: Any, message: str) -> bool:
+        """Ends ``p`` with a comment where an exception's text would be lost: in the page of hosts on ``ldm_patched``.
+
+        There the job has to run to its end for its comments to be seen, so it is interrupted and its pictures are
+        dropped.
+        """
+        if self._namespace == "backend" or getattr(p, "is_api", False) or is_swallowed(p):
+            return False
+        self.comment(p, message)
+        import_module("modules.shared").state.interrupted = True
+        p.do_not_save_grid = True  # there is nothing to make one of
+        setattr(p, _REFUSED, True)
+        return True
+
+    def was_refused(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return getattr(p, _REFUSED, False)
 
     def fail_in_sampling(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`. Raises around the UNet, not in its layers, since it may be one without any."""

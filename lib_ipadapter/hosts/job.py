@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
-from ..errors import IPAdapterError
+import torch
+from torch import Tensor
+
+from ..errors import ERROR_KEY, IPAdapterError
 
 SAMPLE_METHODS = ("sample", "sample_img2img")
 
@@ -17,8 +22,16 @@ def was_stopped() -> bool:
     return bool(state.interrupted or state.skipped)
 
 
-def wrap_sampler(p: Any, after: Callable[[], None], finally_: Callable[[], None] = lambda: None) -> None:
+def wrap_sampler(
+    p: Any,
+    after: Callable[[], None],
+    finally_: Callable[[], None] = lambda: None,
+    refuse: Callable[[str], bool] = lambda _: False,
+) -> None:
     """Calls ``after`` when ``p``'s sampler has run to its end, and ``finally_`` however it ended.
+
+    A sentence of ours that ends it is told to the jobs outside, and to ``refuse``; if that returns True the sampler
+    returns an empty latent instead of raising.
 
     The sampler object is the pass's own. img2img keeps one for a whole batch count, so a second wrapping replaces the
     first.
@@ -37,12 +50,29 @@ def wrap_sampler(p: Any, after: Callable[[], None], finally_: Callable[[], None]
                 if not was_stopped():
                     after()
                 return result
+            except IPAdapterError as error:
+                tell_outer_jobs(p, str(error))
+                if not refuse(str(error)):
+                    raise
+                return _empty(*args)
             finally:
                 finally_()
 
         sample.image_prompt_original = original  # type: ignore[attr-defined]
         sample.image_prompt_wrapper = sample  # type: ignore[attr-defined]
         setattr(p.sampler, name, sample)
+
+
+def skip_sampling(p: Any) -> None:
+    """Lets ``p``'s sampler, if it has one already, return an empty latent at once."""
+    if getattr(p, "sampler", None) is not None:
+        for name in SAMPLE_METHODS:
+            setattr(p.sampler, name, lambda *args, **_: _empty(*args))
+
+
+def _empty(p: Any, latent: Tensor, *_: Any) -> Tensor:
+    """Of the shape of a sampling method's first latent."""
+    return torch.zeros_like(latent)
 
 
 def fail(p: Any, message: str) -> None:
@@ -55,7 +85,53 @@ def fail(p: Any, message: str) -> None:
     def raiser(*args: Any, **kwargs: Any) -> None:
         raise IPAdapterError(message)
 
+    tell_outer_jobs(p, message)
     p.init = raiser
     if getattr(p, "sampler", None) is not None:
         for name in SAMPLE_METHODS:
             setattr(p.sampler, name, raiser)
+
+
+# Functions of the hosts that go on when a job started inside them raises: scripts' hooks, cells of an X/Y/Z grid.
+_SWALLOWING = ("process_images_inner", "draw_xyz_grid")
+
+
+def tell_outer_jobs(p: Any, message: str) -> None:
+    """Writes the sentence where the people see it whose job goes on although ``p``, a job inside it, fails.
+
+    That is the comments and the parameters of every job, and of every result, that waits for ``p`` further up the
+    stack: no host keeps a list of them, and what raised isn't heard of again.
+    """
+    processing: Any = import_module("modules.processing")
+    seen: list[object] = [p]
+    for frame in _outer_frames(p):
+        for value in frame.f_locals.values():
+            if any(value is each for each in seen):
+                continue
+            if isinstance(value, processing.StableDiffusionProcessing):
+                value.comment(message)
+            elif isinstance(value, processing.Processed):
+                value.comments += f"{message}\n"
+            else:
+                continue
+            seen.append(value)
+            value.extra_generation_params[ERROR_KEY] = message
+    if len(seen) > 1:
+        p.extra_generation_params[ERROR_KEY] = message  # an X/Y/Z grid takes its parameters from its first cell
+
+
+def is_swallowed(p: Any) -> bool:
+    """Whether the host goes on when ``p`` raises, since another job runs it."""
+    return any(frame.f_code.co_name in _SWALLOWING for frame in _outer_frames(p))
+
+
+def _outer_frames(p: Any) -> Iterator[FrameType]:
+    """The frames above those in which ``p`` is worked on, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    outside = False
+    while frame is not None:
+        if outside:
+            yield frame
+        elif frame.f_code.co_name == "process_images" and frame.f_locals.get("p") is p:
+            outside = True
+        frame = frame.f_back
