@@ -6,6 +6,7 @@ host's processing object, so that a job inside a job (a face detailer's, say) ha
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -150,8 +151,16 @@ class Session:
         if seen is not None and all(each.unit.stop < 1 and each.unit.stop <= seen[1] for each in run.units):
             run.injection = None  # every unit has done its part, whatever the new UNet is
             return
-        info = self._host.unet_info(p)
-        with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
+        try:
+            info = self._host.unet_info(p)
+            with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
+        except IPAdapterError as error:
+            if seen is None:
+                raise
+            raise IPAdapterError(
+                f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
+                f"the unit doesn't fit, so set the unit's stop to {math.floor(seen[1] * 100) / 100:.2f} or less: {error}"
+            ) from error
         run.acting = [each for each, _ in with_terms]
         run.identity = info.identity
         run.injection = Injection(

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -366,3 +367,27 @@ def test_a_unet_that_does_not_fit_in_the_middle_of_sampling_ends_the_job(
     assert len(host.unet_calls) <= 3
     monkeypatch.undo()
     assert np.array_equal(np.asarray(plain), np.asarray(host.txt2img(**request(steps=4)).image))
+
+
+def test_a_refiner_that_does_not_fit_says_which_stop_would_do(host_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd_image_prompt.hosts.comfy import ComfyHost  # type: ignore[import-not-found]  # loaded by the script
+
+    host = host_of("sd15")
+    usual = ComfyHost.unet_info
+
+    def steps_done() -> int:
+        from modules import shared
+
+        return int(shared.state.sampling_step)
+
+    def unet_info(self: Any, p: Any) -> Any:
+        if steps_done() >= 4:
+            raise sys.modules["sd_image_prompt.errors"].IPAdapterError("The loaded checkpoint has 44 layers.")
+        return usual(self, p)
+
+    monkeypatch.setattr(ComfyHost, "unet_info", unet_info)
+    monkeypatch.setattr(ComfyHost, "check", lambda *_: steps_done() < 4)
+    with pytest.raises(ValueError, match=r"stop to 0\.\d\d or less: The loaded checkpoint has 44") as refusal:
+        host.txt2img(**request(unit(), steps=8))
+    (stop,) = re.findall(r"stop to (0\.\d\d)", str(refusal.value))
+    assert len(host.txt2img(**request(unit(stop=float(stop)), steps=8)).images) == 1

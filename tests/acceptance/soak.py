@@ -1,0 +1,52 @@
+"""Many generations in a row, in turn with a second process of the same WebUI that hasn't the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .cases import TITLE, unit
+from .webui import Server
+
+WARM = 20
+"""Generations before memory is looked at."""
+ALLOWED = 0.1
+"""MB a generation that resident memory may grow faster than without the extension."""
+
+UNITS = ((unit(),), (unit("base"),), (unit(), unit("base", weight=-0.5)))
+
+
+def soak(steered: Server, plain: Server, wanted: Mapping[str, Any], generations: int) -> str:
+    """What went wrong; empty if nothing did. Prints what was measured."""
+    seen: dict[str, list[dict[str, int]]] = {"with": [], "without": []}
+    for n in range(generations):
+        for name, server in (("with", steered), ("without", plain)):
+            body = {**wanted, "seed": n}
+            if name == "with":
+                body["alwayson_scripts"] = {TITLE: {"args": [True, *UNITS[n % len(UNITS)]]}}
+            status, answer = server.call("/sdapi/v1/txt2img", body)
+            if status != 200:
+                return f"generation {n} {name} the extension answered {status}: {str(answer)[:200]}"
+            seen[name].append(server.call("/acceptance/state")[1])
+    slopes = {name: _slope([each["resident"] for each in states[WARM:]]) for name, states in seen.items()}
+    print(
+        f"resident memory: {slopes['with']:+.3f} MB a generation with, {slopes['without']:+.3f} without, from "
+        f"generation {WARM} to {generations}; {seen['with'][-1]['resident'] / 1e6:.0f} and "
+        f"{seen['without'][-1]['resident'] / 1e6:.0f} MB at the end",
+        flush=True,
+    )
+    if slopes["with"] > slopes["without"] + ALLOWED:
+        return f"resident memory grows by {slopes['with']:.3f} MB a generation, {slopes['without']:.3f} without"
+    for what in ("tensors", "hooks"):
+        first, last = seen["with"][WARM - 1][what], seen["with"][-1][what]
+        print(f"{what}: {first} after generation {WARM}, {last} at the end", flush=True)
+        if (len(seen["with"]) - WARM) % len(UNITS) == 0 and first != last:
+            return f"{first} {what} after generation {WARM}, {last} after generation {generations}"
+    return ""
+
+
+def _slope(resident: list[int]) -> float:
+    """MB a generation, by least squares."""
+    return float(np.polyfit(np.arange(len(resident)), np.asarray(resident) / 1e6, 1)[0])

@@ -1,0 +1,186 @@
+"""An installed WebUI: linking the extension into it, starting it on loopback, calling its HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTENSION, PROBE = "sd-webui-ip-adapter-acceptance", "sd-webui-ip-adapter-acceptance-probe"
+START_SECONDS, REQUEST_SECONDS = 600, 1800
+LIVE_PREVIEWS_OFF = {"live_previews_enable": False}
+"""Settings of the run. Previews of SDXL would need a small decoder that WebUIs download."""
+
+
+@dataclass(frozen=True)
+class WebUI:
+    """An installed WebUI and what differs between them."""
+
+    folder: Path
+    python: str
+
+    @property
+    def is_a1111(self) -> bool:
+        return not (self.folder / "modules_forge").is_dir()
+
+    @property
+    def is_backend(self) -> bool:
+        """Forge or Neo, rather than a relative on ``ldm_patched``."""
+        return (self.folder / "backend").is_dir()
+
+    @property
+    def kind(self) -> str:
+        if self.is_a1111:
+            return "AUTOMATIC1111"
+        return "Forge" if self.is_backend else "Forge on ldm_patched"
+
+    @cached_property
+    def commit(self) -> str:
+        """Of its git checkout, shortened."""
+        command = ["git", "-C", str(self.folder), "rev-parse", "--short", "HEAD"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        return answer.stdout.strip() or "no git checkout"
+
+    @property
+    def flags(self) -> list[str]:
+        cpu = ["--use-cpu", "all", "--no-half", "--no-half-vae"] if self.is_a1111 else ["--always-cpu"]
+        return cpu if not torch.cuda.is_available() else []
+
+
+@contextmanager
+def linked(webui: WebUI, names: Sequence[str] = (EXTENSION, PROBE)) -> Iterator[None]:
+    """The extension and the probe in the WebUI's folder ``extensions``, for as long as the block runs."""
+    others = [path.parent.parent for path in webui.folder.glob("extensions/*/scripts/ip_adapter.py")]
+    if others:
+        raise SystemExit(
+            f"The WebUI has the extension already, in {others[0]}: move it out of extensions, then try again."
+        )
+    targets = {EXTENSION: ROOT, PROBE: ROOT / "tests" / "real_host_probe"}
+    made = []
+    try:
+        for name in names:
+            link = webui.folder / "extensions" / name
+            link.symlink_to(targets[name], target_is_directory=True)
+            made.append(link)
+        yield
+    finally:
+        for link in made:
+            link.unlink()
+
+
+@dataclass
+class Server:
+    """A running WebUI."""
+
+    url: str
+    log: Path
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of a request; GET without a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode("utf-8", "replace")
+            try:
+                return error.code, json.loads(text)
+            except ValueError:
+                return error.code, {"detail": text[:300]}
+
+    @cached_property
+    def always_on(self) -> list[str]:
+        """Lower-case titles of the always-on scripts of txt2img."""
+        scripts = self.call("/sdapi/v1/script-info")[1]
+        return [s["name"] for s in scripts if s["is_alwayson"] and not s["is_img2img"]]
+
+    def wait(self, path: str = "/sdapi/v1/sd-models") -> None:
+        """Until it answers.
+
+        Raises:
+            TimeoutError: if it doesn't.
+        """
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            try:
+                if self.call(path)[0] == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(1)
+        raise TimeoutError(f"No answer within {START_SECONDS} s.")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def started(
+    webui: WebUI, checkpoints: Path, first: str, folder: Path, flags: Sequence[str], page: bool = False
+) -> Iterator[Server]:
+    """The WebUI on loopback, with settings files of our own in ``folder``; the page is served only if asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    (folder / "config.json").write_text(json.dumps(LIVE_PREVIEWS_OFF), encoding="utf-8")
+    command = [webui.python, "launch.py", "--api", "--port", str(port), "--server-name", "127.0.0.1"]
+    command += [] if page else ["--nowebui"]
+    command += ["--skip-prepare-environment", "--skip-install", "--skip-torch-cuda-test", "--skip-python-version-check"]
+    command += ["--skip-version-check", "--ckpt-dir", str(checkpoints), "--ckpt", str(checkpoints / first)]
+    command += ["--ui-settings-file", str(folder / "config.json"), "--ui-config-file", str(folder / "ui-config.json")]
+    log = folder / "server.log"
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "PYTHONUNBUFFERED": "1",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, *webui.flags, *flags], cwd=webui.folder, stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        server = Server(f"http://127.0.0.1:{port}", log)
+        end = time.monotonic() + START_SECONDS
+        # A request before a page is up can end the server, so the log comes first.
+        while page and "Startup time" not in log.read_text(errors="replace"):
+            _still_starting(webui, process, log, end)
+        while True:
+            _still_starting(webui, process, log, end)
+            try:
+                if server.call("/sdapi/v1/sd-models")[0] == 200:
+                    break
+            except OSError:
+                pass
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _still_starting(webui: WebUI, process: subprocess.Popen[bytes], log: Path, end: float) -> None:
+    if process.poll() is not None or time.monotonic() > end:
+        text = log.read_text(errors="replace")[-3000:]
+        raise SystemExit(f"{webui.kind} did not start; the end of its log:\n{text}")
+    time.sleep(1)
