@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# Relative to the WebUI's folder ``models``. Where a file system ignores case, both spellings are one folder.
-ADAPTERS = ("ipadapter", "IP-Adapter", "ControlNet", "controlnet")
-ENCODERS = ("clip_vision", "ControlNetPreprocessor", "ControlNet", "controlnet")
 
-# Command-line flags whose folders are searched first: ours from ``preload.py``, then the ControlNet extensions'.
-ADAPTER_FLAGS = ("ip_adapter_models_path", "controlnet_dir")
-ENCODER_FLAGS = ("ip_adapter_encoders_path", "controlnet_preprocessor_models_dir", "controlnet_dir")
+@dataclass(frozen=True)
+class _Places:
+    """Where one kind of file may lie."""
+
+    flags: tuple[str, ...]
+    """Command-line flags whose folders are searched first: ours from ``preload.py``, then those of ControlNet."""
+    settings: tuple[str, ...]
+    """Settings of AUTOMATIC1111's ControlNet extension that name a folder."""
+    models: tuple[str, ...]
+    """Relative to the WebUI's folder ``models``. Where a file system ignores case, both spellings are one folder."""
+    extension: str
+    """Relative to the folder of AUTOMATIC1111's ControlNet extension."""
+
+
+ADAPTERS = _Places(
+    flags=("ip_adapter_models_path", "controlnet_dir"),
+    settings=("control_net_models_path",),
+    models=("ipadapter", "IP-Adapter", "ControlNet", "controlnet"),
+    extension="models",
+)
+ENCODERS = _Places(
+    flags=(
+        "ip_adapter_encoders_path",
+        "controlnet_preprocessor_models_dir",
+        "controlnet_annotator_models_path",
+        "controlnet_dir",
+    ),
+    settings=("control_net_modules_path",),
+    models=("clip_vision", "ControlNetPreprocessor", "ControlNet", "controlnet"),
+    extension="annotator/downloads/clip_vision",
+)
+CONTROLNET_EXTENSION = "sd-webui-controlnet"
 
 
 class ModelFolders:
@@ -20,19 +47,26 @@ class ModelFolders:
 
     def adapter_folders(self) -> list[Path]:
         """Folders with adapters and negatives."""
-        return _folders(ADAPTER_FLAGS, ADAPTERS)
+        return _folders(ADAPTERS)
 
     def encoder_folders(self) -> list[Path]:
         """Folders with image encoders."""
-        return _folders(ENCODER_FLAGS, ENCODERS)
+        return _folders(ENCODERS)
 
 
-def _folders(flags: tuple[str, ...], names: tuple[str, ...]) -> list[Path]:
-    cmd_opts: Any = import_module("modules.shared").cmd_opts
-    models = Path(import_module("modules.paths").models_path)
-    given = [Path(value) for flag in flags if (value := getattr(cmd_opts, flag, None))]
+def _folders(places: _Places) -> list[Path]:
+    shared: Any = import_module("modules.shared")
+    paths: Any = import_module("modules.paths")
+    models = Path(paths.models_path)
+    extensions = Path(getattr(paths, "extensions_dir", models.parent / "extensions"))
+    candidates = [
+        *(Path(value) for flag in places.flags if (value := getattr(shared.cmd_opts, flag, None))),
+        *(Path(value) for name in places.settings if (value := getattr(shared.opts, name, None))),
+        *(models / name for name in places.models),
+        extensions / CONTROLNET_EXTENSION / places.extension,
+    ]
     folders: dict[Path, Path] = {}
-    for folder in [*given, *(models / name for name in names)]:
+    for folder in candidates:
         folders.setdefault(folder.resolve(), folder)
     existing = [folder for folder in folders.values() if folder.is_dir()]
-    return existing or [models / names[0]]
+    return existing or [models / places.models[0]]
