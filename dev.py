@@ -240,6 +240,7 @@ def checks(pytest_arguments: "list[str]") -> "list[tuple[str, list[str]]]":
         ("ruff check", ["-m", "ruff", "check", "."]),
         ("ruff format", ["-m", "ruff", "format", "--check", "."]),
         ("mypy", ["-m", "mypy"]),
+        ("oldest and newest libraries", ["-m", "tests.version_sets"]),
         ("pytest", ["-m", "pytest", *pytest_arguments]),
     ]
 

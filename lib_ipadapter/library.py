@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .encoding import NEGATIVE_KEY
 from .errors import IPAdapterError
@@ -17,6 +18,16 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 Kind = TypeVar("Kind")
 Tensors = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a file's header said when it was read: its size and time then, and what it is (any of them, or nothing)."""
+
+    stamp: tuple[int, int]
+    adapter: AdapterKind | None = None
+    encoder: EncoderKind | None = None
+    negative: bool = False
 
 
 class Library:
@@ -32,19 +43,32 @@ class Library:
     ) -> None:
         self._adapter_folders = adapter_folders
         self._encoder_folders = encoder_folders
-        self._known: dict[tuple[str, str, int, int], object] = {}
+        self._known: dict[str, _Known] = {}
 
     def adapters(self) -> dict[str, AdapterKind]:
         """Every adapter by the name that units use: its path inside its folder, with forward slashes."""
-        return {name: kind for name, path in self._files(self._adapter_folders()) if (kind := self._adapter(path))}
+        return {name: kind for name, path in self._files(self._adapter_folders()) if (kind := self._look(path).adapter)}
 
     def negatives(self) -> list[str]:
         """Names of the negative files in the adapter folders."""
-        return [name for name, path in self._files(self._adapter_folders()) if self._negative(path)]
+        return [name for name, path in self._files(self._adapter_folders()) if self._look(path).negative]
 
     def encoders(self) -> dict[str, EncoderKind]:
         """Every image encoder by name."""
-        return {name: kind for name, path in self._files(self._encoder_folders()) if (kind := self._encoder(path))}
+        return {name: kind for name, path in self._files(self._encoder_folders()) if (kind := self._look(path).encoder)}
+
+    def listing(self) -> dict[str, Any]:
+        """Everything by name as it is on disk now, ready for JSON: ``adapters``, ``encoders``, ``negatives``."""
+
+        def by_name(name: str) -> str:
+            return name.lower()
+
+        adapters = self.adapters()
+        return {
+            "adapters": [{"name": name, "kind": adapters[name].description} for name in sorted(adapters, key=by_name)],
+            "encoders": sorted(self.encoders(), key=by_name),
+            "negatives": sorted(self.negatives(), key=by_name),
+        }
 
     def adapter_path(self, name: str) -> Path:
         """Where the adapter of this name is.
@@ -67,7 +91,7 @@ class Library:
         needed = encoder_needed(kind)
         folders = list(self._encoder_folders())
         for _, path in self._files(folders):
-            found = self._encoder(path)
+            found = self._look(path).encoder
             if found and found.name == needed:
                 return path
         raise IPAdapterError(
@@ -103,27 +127,35 @@ class Library:
                         found.setdefault(path.relative_to(folder).as_posix(), path)
         return list(found.items())
 
-    def _adapter(self, path: Path) -> AdapterKind | None:
-        return self._recognised("adapter", path, recognise_adapter)
-
-    def _encoder(self, path: Path) -> EncoderKind | None:
-        return self._recognised("encoder", path, recognise_encoder)
-
-    def _negative(self, path: Path) -> bool:
-        return bool(self._recognised("negative", path, lambda tensors: list(tensors) == [NEGATIVE_KEY]))
-
-    def _recognised(self, what: str, path: Path, recognise: Callable[[Tensors], Kind]) -> Kind | None:
+    def _look(self, path: Path) -> _Known:
+        """What a file is; read only if it has changed since the last look."""
         try:
             stat = path.stat()
-            key = (what, str(path), stat.st_size, stat.st_mtime_ns)
-            if key not in self._known:
-                self._known[key] = recognise(open_tensors(path).tensors)
-            return self._known[key]  # type: ignore[return-value]
         except OSError:
-            return None
-        except IPAdapterError:
-            self._known[key] = None
-            return None
+            return _Known((0, 0))
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        known = self._known.get(str(path))
+        if known is None or known.stamp != stamp:
+            known = self._known[str(path)] = _read(path, stamp)
+        return known
+
+
+def _read(path: Path, stamp: tuple[int, int]) -> _Known:
+    try:
+        tensors = open_tensors(path).tensors
+    except IPAdapterError:
+        return _Known(stamp)
+    adapter = _recognised(recognise_adapter, tensors)
+    # Whatever has an adapter's tensors is refused as an encoder, so the second look can be spared.
+    encoder = _recognised(recognise_encoder, tensors) if adapter is None else None
+    return _Known(stamp, adapter, encoder, list(tensors) == [NEGATIVE_KEY])
+
+
+def _recognised(recognise: Callable[[Tensors], Kind], tensors: Tensors) -> Kind | None:
+    try:
+        return recognise(tensors)
+    except IPAdapterError:
+        return None
 
 
 def _names(folders: Iterable[Path]) -> str:

@@ -68,6 +68,10 @@ class Session:
         """Names of the negative files on disk."""
         return sorted(self._library.negatives(), key=str.lower)
 
+    def listing(self) -> dict[str, Any]:
+        """All of them as they are on disk now, see :meth:`.library.Library.listing`."""
+        return self._library.listing()
+
     # A job's way through the host's callbacks
 
     def begin(self, p: Any) -> None:
@@ -157,9 +161,10 @@ class Session:
         except IPAdapterError as error:
             if seen is None:
                 raise
+            stop = math.floor(seen[1] * 100) / 100
             raise IPAdapterError(
                 f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
-                f"the unit doesn't fit, so set the unit's stop to {math.floor(seen[1] * 100) / 100:.2f} or less: {error}"
+                f"the unit doesn't fit, so set the unit's stop to {stop:.2f} or less: {error}"
             ) from error
         run.acting = [each for each, _ in with_terms]
         run.identity = info.identity

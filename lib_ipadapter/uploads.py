@@ -63,8 +63,9 @@ class UploadStore:
             file = self._files.get(sha256.lower())
             if file is None:
                 raise IPAdapterError(
-                    f'The uploaded picture with sha256 "{sha256[:64]}" isn\'t kept (any more; they go when the WebUI '
-                    "restarts and when many others are uploaded): upload it again, or send it as base64."
+                    f'The uploaded picture with sha256 "{sha256[:64]}" isn\'t kept here (the WebUI that took it keeps '
+                    "it until it restarts or many others are uploaded, and no other WebUI has it): upload it again, or "
+                    "send it as base64."
                 )
             self._files.move_to_end(sha256.lower())
         return read_picture(file)

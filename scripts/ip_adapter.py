@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from modules import script_callbacks, scripts
 PACKAGE = "sd_image_prompt"
 LIVE_SESSION = "live_session"
 """Attribute of the package that holds the session of this load, for the next load to find."""
+MODELS_ROUTE = "/ip-adapter/models"
 
 
 def _eject_previous() -> None:
@@ -90,8 +92,12 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
 
     def ui(self, is_img2img: bool) -> list[Any]:
         """The components whose values are the arguments of every hook below."""
+        from modules import shared
         from modules.ui_components import InputAccordion, ToolButton
 
+        folder = getattr(shared.opts, "temp_dir", "")
+        if folder:  # previews go there, and Forge Neo names one that it doesn't make
+            os.makedirs(folder, exist_ok=True)
         components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton)
         return components
 
@@ -112,6 +118,10 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         with _failing_loudly(p):
             session.attach(p, **kwargs)
 
+    def postprocess_batch_list(self, p: Any, batch: Any, *args: object, **kwargs: Any) -> None:
+        """Decoded pictures, before anything is done with them."""
+        session.drop_refused(p, batch.images)
+
     def postprocess(self, p: Any, processed: Any, *args: object) -> None:
         """The job is done."""
         session.end(p)
@@ -122,7 +132,19 @@ def _on_cfg_denoiser(params: Any) -> None:
         session.on_step(params)
 
 
+def _models() -> dict[str, Any]:
+    """The model files that are there now: adapters with their kind, image encoders, negatives."""
+    listing: dict[str, Any] = session.listing()
+    return listing
+
+
+def _on_app_started(_: Any, app: Any) -> None:
+    """Every load gets an app of its own. ``response_model=None``: neither pydantic shall have a say in a plain dict."""
+    app.add_api_route(MODELS_ROUTE, _models, methods=["GET"], response_model=None)
+
+
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
+    script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
     script_callbacks.on_script_unloaded(session.close)

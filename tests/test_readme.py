@@ -21,7 +21,7 @@ from tests.photos import base64_photo, photo
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-REQUESTS = [json.loads(text) for language, text in BLOCKS if language == "json"]
+*REQUESTS, MODELS = [json.loads(text) for language, text in BLOCKS if language == "json"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
@@ -55,6 +55,10 @@ def test_a_request_that_cannot_be_met(host: Host) -> None:
     answer = TestClient(host.app, raise_server_exceptions=False).post("/sdapi/v1/txt2img", json=REQUESTS[2])
     assert answer.status_code == 422
     assert "picture" in answer.json()["detail"]
+
+
+def test_models_are_listed(host: Host) -> None:
+    assert TestClient(host.app).get("/ip-adapter/models").json() == MODELS
 
 
 def test_webuiapi(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,13 +108,16 @@ class WebUI:
             "modules": ModuleType("modules"),
             "modules.scripts": ModuleType("modules.scripts"),
             "modules.script_callbacks": ModuleType("modules.script_callbacks"),
+            "modules.shared": ModuleType("modules.shared"),
             "modules.ui_components": ModuleType("modules.ui_components"),
         }
         vars(self.modules["modules.scripts"]).update(Script=StubScript, AlwaysVisible=self.always_visible)
         vars(self.modules["modules.script_callbacks"]).update(
+            on_app_started=self._registrar("app_started"),
             on_cfg_denoiser=self._registrar("cfg_denoiser"),
             on_script_unloaded=self._registrar("script_unloaded"),
         )
+        vars(self.modules["modules.shared"]).update(opts=SimpleNamespace(), cmd_opts=SimpleNamespace())
         vars(self.modules["modules.ui_components"]).update(InputAccordion=StubCheckbox, ToolButton=gr.Button)
         for name, module in self.modules.items():
             setattr(self.modules["modules"], name.rpartition(".")[2], module)
@@ -203,7 +206,7 @@ def test_ui_gives_the_checkbox_and_ten_empty_slots(script: SimpleNamespace) -> N
 
 def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) -> None:
     events = [event for event, _ in script.webui.registered]
-    assert events == ["cfg_denoiser", "script_unloaded"]
+    assert events == ["app_started", "cfg_denoiser", "script_unloaded"]
     state = dict(vars(script.hooks))
     for call in range(10):
         with gr.Blocks():
@@ -340,7 +343,7 @@ def test_reloading_ejects_the_previous_life(webui: WebUI) -> None:
     assert second.units.EDITED and not hasattr(first.units, "EDITED")
     assert second.session is not first.session and type(second.session) is not type(first.session)
     assert sys.modules.get(f"{PACKAGE}.progress") is not stale
-    assert [event for event, _ in webui.registered] == ["cfg_denoiser", "script_unloaded"]
+    assert [event for event, _ in webui.registered] == ["app_started", "cfg_denoiser", "script_unloaded"]
 
 
 def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(
@@ -362,6 +365,20 @@ def test_an_unknown_host_is_declined_with_a_sentence(webui: WebUI, capsys: pytes
     assert module.IPAdapterScript().show(False) is False
     assert webui.registered == []
     assert capsys.readouterr().err == "This host is unknown.\n"
+
+
+def test_sdnext_is_declined_and_the_script_stays_out_of_sight(
+    webui: WebUI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (webui.extension / "lib_ipadapter" / "hosts.py").unlink()
+    shutil.copytree(ROOT / "lib_ipadapter" / "hosts", webui.extension / "lib_ipadapter" / "hosts")
+    for name in ("modules.sd_hijack", "modules.processing_diffusers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = webui.load()
+    assert module.session is None and webui.registered == []
+    assert module.IPAdapterScript().show(False) is module.IPAdapterScript().show(True) is False
+    said = capsys.readouterr().err
+    assert "found SD.Next" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

@@ -45,6 +45,8 @@ class WebUI:
     def kind(self) -> str:
         if self.is_a1111:
             return "AUTOMATIC1111"
+        if self.is_neo:
+            return "Forge Neo"
         return "Forge" if self.is_backend else "Forge on ldm_patched"
 
     @cached_property
@@ -54,10 +56,20 @@ class WebUI:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         return answer.stdout.strip() or "no git checkout"
 
+    @cached_property
+    def is_neo(self) -> bool:
+        """Forge Neo, which calls some flags by other names."""
+        arguments = self.folder / "backend" / "args.py"
+        return self.is_backend and "--always-cpu" not in arguments.read_text(encoding="utf-8")
+
     @property
     def flags(self) -> list[str]:
-        cpu = ["--use-cpu", "all", "--no-half", "--no-half-vae"] if self.is_a1111 else ["--always-cpu"]
-        return cpu if not torch.cuda.is_available() else []
+        """By which it computes on this machine."""
+        if torch.cuda.is_available():
+            return []
+        if self.is_a1111:
+            return ["--use-cpu", "all", "--no-half", "--no-half-vae"]
+        return ["--cpu"] if self.is_neo else ["--always-cpu"]
 
 
 @contextmanager
@@ -152,6 +164,7 @@ def started(
         "GRADIO_ANALYTICS_ENABLED": "False",
         "PYTHONUNBUFFERED": "1",
         "no_proxy": "127.0.0.1,localhost",
+        **({"IGNORE_CMD_ARGS_ERRORS": "1"} if webui.is_neo else {}),  # it refuses flags that the others need
     }
     with log.open("wb") as out:
         process = subprocess.Popen(

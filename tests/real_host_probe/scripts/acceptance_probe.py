@@ -82,7 +82,7 @@ class AcceptanceProbe(scripts.Script):
 
 
 def pairs(args):
-    return zip(args, [*args[1:], None])
+    return zip(args, [*args[1:], None], strict=True)
 
 
 def is_unit(value):

@@ -1,0 +1,96 @@
+"""What models there are, asked over HTTP and anew each time: no restart, no 'Reload UI'."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from safetensors.torch import save_file
+
+from lib_ipadapter.encoding import NEGATIVE_KEY
+from tests.embedded import Host
+from tests.embedded.client import Client
+from tests.embedded.demo_models import DemoModels
+
+BASE = {"name": "demo-base-sd15.safetensors", "kind": "SD1.5 · base · 4 tokens · needs CLIP demo ViT"}
+PLUS = {"name": "demo-plus-sd15.safetensors", "kind": "SD1.5 · plus · 16 tokens · needs CLIP demo ViT"}
+
+
+@pytest.fixture
+def folder(models: DemoModels, tmp_path: Path) -> Path:
+    """Model folders with one adapter and its encoder."""
+    for source in (models.base["sd15"], models.encoder):
+        target = tmp_path / "models" / source.parent.name
+        target.mkdir(parents=True)
+        shutil.copy(source, target)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def own_host(folder: Path) -> Iterator[Host]:
+    with Host("sd15", models_path=folder) as made:
+        yield made
+
+
+def listing(host: Host) -> Any:
+    answer = Client(host.app).get("/ip-adapter/models")
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def test_files_come_and_go_without_a_restart(own_host: Host, folder: Path, models: DemoModels) -> None:
+    first = {"adapters": [BASE], "encoders": ["demo-vit.safetensors"], "negatives": []}
+    assert listing(own_host) == first
+    added = folder / "ipadapter" / "faces" / PLUS["name"]
+    added.parent.mkdir()
+    shutil.copy(models.plus["sd15"], added)
+    save_file({NEGATIVE_KEY: torch.zeros(1, 4, 64)}, folder / "ipadapter" / "none.safetensors")
+    (folder / "ipadapter" / "notes.bin").write_text("no model", encoding="utf-8")
+    (folder / "clip_vision" / "demo-vit.safetensors").rename(folder / "clip_vision" / "b.safetensors")
+    assert listing(own_host) == {
+        "adapters": [BASE, {**PLUS, "name": f"faces/{PLUS['name']}"}],
+        "encoders": ["b.safetensors"],
+        "negatives": ["none.safetensors"],
+    }
+    added.unlink()
+    (folder / "ipadapter" / BASE["name"]).unlink()
+    assert listing(own_host)["adapters"] == []
+
+
+def test_it_answers_over_a_socket_and_after_reload_ui(own_host: Host, folder: Path, models: DemoModels) -> None:
+    url = f"{own_host.launch()}/ip-adapter/models"
+    before = requests.get(url, timeout=60).json()
+    own_host.reload_ui()
+    shutil.copy(models.plus["sd15"], folder / "ipadapter")
+    after = requests.get(f"{own_host.launch()}/ip-adapter/models", timeout=60).json()
+    assert before["adapters"] == [BASE] and after["adapters"] == [BASE, PLUS]
+    routes = [route for route in own_host.app.routes if getattr(route, "path", "") == "/ip-adapter/models"]
+    assert len(routes) == 1
+    assert own_host.errors == []
+
+
+def test_it_is_described(own_host: Host) -> None:
+    described = Client(own_host.app).get("/openapi.json").json()["paths"]["/ip-adapter/models"]
+    assert set(described) == {"get"} and "are there now" in described["get"]["description"]
+
+
+def test_the_pages_refresh_button_lists_anew(own_host: Host, folder: Path, models: DemoModels) -> None:
+    def refresh() -> tuple[list[str], list[str]]:
+        config = own_host.page.blocks.config
+        names = {
+            part["props"].get("elem_id"): part["id"] for part in config["components"] if part["props"].get("elem_id")
+        }
+        button = next(ident for name, ident in names.items() if name.endswith("unit_1_refresh"))
+        (event,) = [each for each in own_host.page.blocks.fns.values() if any(t[0] == button for t in each.targets)]
+        model, negative = event.fn()
+        return list(model["choices"]), list(negative["choices"])
+
+    assert refresh() == ([BASE["name"]], [])
+    shutil.copy(models.plus["sd15"], folder / "ipadapter")
+    save_file({NEGATIVE_KEY: torch.zeros(1, 4, 64)}, folder / "ipadapter" / "none.safetensors")
+    assert refresh() == ([BASE["name"], PLUS["name"]], ["none.safetensors"])
