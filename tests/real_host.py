@@ -47,7 +47,7 @@ from tests.acceptance.cases import (
 )
 from tests.acceptance.models import Models, full_sd15, full_sdxl, small_sd15
 from tests.acceptance.soak import soak
-from tests.acceptance.webui import PROBE, Server, WebUI, linked, started
+from tests.acceptance.webui import EXTENSION, PROBE, Server, WebUI, left_as_found, linked, started
 
 BUILT_IN_MODULE = "CLIP-ViT-H (IPAdapter)"
 
@@ -182,8 +182,6 @@ class Run:
     def _soak_beside(
         self, without: Server, models: Models, first: str, flags: list[str], wanted: dict[str, Any], generations: int
     ) -> str:
-        from tests.acceptance.webui import EXTENSION
-
         with (
             linked(self.webui, [EXTENSION]),
             started(
@@ -263,6 +261,27 @@ def _client(server: Server, first: str, reference: Pictures) -> str:
     return _differs(reference, _drawn(server, plain)) and "the plain picture afterwards is another one"
 
 
+def _run(run: Run, args: argparse.Namespace) -> None:
+    """All groups of cases."""
+    webui, table, first = run.webui, run.table, "acceptance-a.safetensors"
+    models = args.models.resolve() if args.models else run.folder / "models"
+    usual = small_sd15(models / "small") if webui.is_a1111 else full_sd15(models / "full")
+    run.cases(usual, first, sd15_cases(webui), [])
+    run.reload(usual, first, [])
+    if webui.is_a1111:
+        full = Case("full-size SD1.5: plus, joint")
+        if table.wants(full.name):
+            run.cases(full_sd15(models / "full"), first, [full], [], "full-size SD1.5: ")
+        table.add("SDXL", "not run: it takes more than 24 GB on a CPU without half precision")
+    elif args.sdxl:
+        xl = "acceptance-xl-a.safetensors"
+        run.cases(full_sdxl(models / "sdxl"), xl, sdxl_cases(webui), ["--unet-in-fp16"], "SDXL: ")
+    else:
+        table.add("SDXL", "not run: not asked for with --sdxl")
+    if args.soak:
+        run.soak(usual, first, [], args.soak)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--webui", type=Path, required=True, help="folder of the installed WebUI")
@@ -277,24 +296,8 @@ def main() -> int:
     webui, table = WebUI(args.webui.resolve(), args.python), Table(args.only)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
-        models = args.models.resolve() if args.models else folder / "models"
-        run = Run(webui, folder, args.more, table, args.pictures)
-        first = "acceptance-a.safetensors"
-        usual = small_sd15(models / "small") if webui.is_a1111 else full_sd15(models / "full")
-        run.cases(usual, first, sd15_cases(webui), [])
-        run.reload(usual, first, [])
-        if webui.is_a1111:
-            full = Case("full-size SD1.5: plus, joint")
-            if table.wants(full.name):
-                run.cases(full_sd15(models / "full"), first, [full], [], "full-size SD1.5: ")
-            table.add("SDXL", "not run: it takes more than 24 GB on a CPU without half precision")
-        elif args.sdxl:
-            xl = "acceptance-xl-a.safetensors"
-            run.cases(full_sdxl(models / "sdxl"), xl, sdxl_cases(webui), ["--unet-in-fp16"], "SDXL: ")
-        else:
-            table.add("SDXL", "not run: not asked for with --sdxl")
-        if args.soak:
-            run.soak(usual, first, [], args.soak)
+        with left_as_found(webui, folder / "as-found"):
+            _run(Run(webui, folder, args.more, table, args.pictures), args)
     print(f"\n{webui.kind} {table.version}, commit {webui.commit}\n\n{table}")
     return 1 if table.failed else 0
 

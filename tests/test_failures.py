@@ -182,6 +182,30 @@ def test_a_missing_encoder_is_named_with_where_to_put_it(client: TestClient, mod
     assert client.post("/sdapi/v1/txt2img", json=request(unit())).status_code == 200
 
 
+def test_an_adapter_that_is_deleted_between_listing_and_use(client: TestClient, models: DemoModels, plain: str) -> None:
+    path = models.models_path / "ipadapter" / "short-lived.safetensors"
+    path.write_bytes(models.base["sd15"].read_bytes())
+    listed = [each["name"] for each in client.get("/ip-adapter/models").json()["adapters"]]
+    assert path.name in listed
+    wanted = request(unit() | {"model": path.name})
+    assert client.post("/sdapi/v1/txt2img", json=wanted).status_code == 200
+    path.unlink()
+    assert "There is no IP-Adapter model 'short-lived.safetensors'" in refused(client, wanted)
+    assert client.post("/sdapi/v1/txt2img", json=request()).json()["images"][0] == plain
+
+
+def test_a_folder_that_can_only_be_read_is_enough(client: TestClient, models: DemoModels) -> None:
+    folder = models.models_path / "ipadapter"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    folder.chmod(0o555)
+    try:
+        assert client.post("/sdapi/v1/txt2img", json=request(unit(weight=0.9))).status_code == 200
+        assert client.get("/ip-adapter/models").status_code == 200
+    finally:
+        folder.chmod(0o755)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
 def test_an_encoder_that_runs_out_of_memory(client: TestClient, plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -21,8 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION, PROBE = "sd-webui-ip-adapter-acceptance", "sd-webui-ip-adapter-acceptance-probe"
 START_SECONDS, REQUEST_SECONDS = 600, 1800
-LIVE_PREVIEWS_OFF = {"live_previews_enable": False}
-"""Settings of the run. Previews of SDXL would need a small decoder that WebUIs download."""
+SETTINGS = {"live_previews_enable": False, "samples_save": False, "grid_save": False}
+"""Of the run. Previews of SDXL would need a small decoder that WebUIs download; grids are saved unasked."""
+WRITTEN = ("params.txt", "cache.json", "cache")
+"""What a WebUI writes into its own folder whatever its settings say."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,28 @@ def linked(webui: WebUI, names: Sequence[str] = (EXTENSION, PROBE)) -> Iterator[
             link.unlink()
 
 
+@contextmanager
+def left_as_found(webui: WebUI, backup: Path) -> Iterator[None]:
+    """Puts back what the WebUI has written into its own folder when the block is over."""
+
+    def copy(source: Path, target: Path) -> None:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        elif source.exists():
+            shutil.copy2(source, target)
+
+    backup.mkdir(parents=True)
+    for name in WRITTEN:
+        copy(webui.folder / name, backup / name)
+    try:
+        yield
+    finally:
+        for name in WRITTEN:
+            path = webui.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            copy(backup / name, path)
+
+
 @dataclass
 class Server:
     """A running WebUI."""
@@ -150,7 +175,7 @@ def started(
     """The WebUI on loopback, with settings files of our own in ``folder``; the page is served only if asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    (folder / "config.json").write_text(json.dumps(LIVE_PREVIEWS_OFF), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     command = [webui.python, "launch.py", "--api", "--port", str(port), "--server-name", "127.0.0.1"]
     command += [] if page else ["--nowebui"]
     command += ["--skip-prepare-environment", "--skip-install", "--skip-torch-cuda-test", "--skip-python-version-check"]
