@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION, PROBE = "sd-webui-ip-adapter-acceptance", "sd-webui-ip-adapter-acceptance-probe"
 START_SECONDS, REQUEST_SECONDS = 600, 1800
+START_ATTEMPTS = 4
 SETTINGS = {"live_previews_enable": False, "samples_save": False, "grid_save": False}
 """Of the run. Previews of SDXL would need a small decoder that WebUIs download; grids are saved unasked."""
 WRITTEN = ("params.txt", "cache.json", "cache")
@@ -191,34 +192,48 @@ def started(
         "no_proxy": "127.0.0.1,localhost",
         **({"IGNORE_CMD_ARGS_ERRORS": "1"} if webui.is_neo else {}),  # it refuses flags that the others need
     }
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, *webui.flags, *flags], cwd=webui.folder, stdout=out, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", log)
-        end = time.monotonic() + START_SECONDS
+    for attempt in range(START_ATTEMPTS):
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command, *webui.flags, *flags],
+                cwd=webui.folder,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", log)
+            if not _is_up(webui, process, server, page) and attempt < START_ATTEMPTS - 1:
+                print(f"{webui.kind} lost its API's thread while starting; starting it again", flush=True)
+                continue
+            yield server
+            return
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _is_up(webui: WebUI, process: subprocess.Popen[bytes], server: Server, page: bool) -> bool:
+    """Waits for a server; False if its API's thread died.
+
+    reForge's does now and then: the main thread collects garbage while it builds the routes.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:
+        text = server.log.read_text(errors="replace")
+        if process.poll() is not None or time.monotonic() > end:
+            raise SystemExit(f"{webui.kind} did not start; the end of its log:\n{text[-3000:]}")
+        if "SystemError" in text and "api_only_worker" in text:
+            return False
         # A request before a page is up can end the server, so the log comes first.
-        while page and "Startup time" not in log.read_text(errors="replace"):
-            _still_starting(webui, process, log, end)
-        while True:
-            _still_starting(webui, process, log, end)
+        if not page or "Startup time" in text:
             try:
                 if server.call("/sdapi/v1/sd-models")[0] == 200:
-                    break
+                    return True
             except OSError:
                 pass
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _still_starting(webui: WebUI, process: subprocess.Popen[bytes], log: Path, end: float) -> None:
-    if process.poll() is not None or time.monotonic() > end:
-        text = log.read_text(errors="replace")[-3000:]
-        raise SystemExit(f"{webui.kind} did not start; the end of its log:\n{text}")
-    time.sleep(1)
+        time.sleep(1)
