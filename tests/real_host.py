@@ -15,6 +15,7 @@ import argparse
 import base64
 import io
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -293,6 +294,7 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, help="folder where the pictures of all cases are left")
     parser.add_argument("more", nargs="*", help="further flags for the WebUI, after --")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is put back
     webui, table = WebUI(args.webui.resolve(), args.python), Table(args.only)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)

@@ -79,6 +79,10 @@ class WebUI:
 @contextmanager
 def linked(webui: WebUI, names: Sequence[str] = (EXTENSION, PROBE)) -> Iterator[None]:
     """The extension and the probe in the WebUI's folder ``extensions``, for as long as the block runs."""
+    for name in names:
+        stale = webui.folder / "extensions" / name
+        if stale.is_symlink():  # of a run that was killed
+            stale.unlink()
     others = [path.parent.parent for path in webui.folder.glob("extensions/*/scripts/ip_adapter.py")]
     if others:
         raise SystemExit(
