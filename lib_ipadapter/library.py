@@ -22,9 +22,9 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class _Known:
-    """What a file's header said when it was read: its size and time then, and what it is (any of them, or nothing)."""
+    """What a file's header said when it was read: its size and times then, and what it is, if anything."""
 
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
     adapter: AdapterKind | None = None
     encoder: EncoderKind | None = None
     negative: bool = False
@@ -132,15 +132,15 @@ class Library:
         try:
             stat = path.stat()
         except OSError:
-            return _Known((0, 0))
-        stamp = (stat.st_size, stat.st_mtime_ns)
+            return _Known(())
+        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)  # the last changes with permissions
         known = self._known.get(str(path))
         if known is None or known.stamp != stamp:
             known = self._known[str(path)] = _read(path, stamp)
         return known
 
 
-def _read(path: Path, stamp: tuple[int, int]) -> _Known:
+def _read(path: Path, stamp: tuple[int, ...]) -> _Known:
     try:
         tensors = open_tensors(path).tensors
     except IPAdapterError:

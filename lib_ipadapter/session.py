@@ -80,7 +80,8 @@ class Session:
         self._host.detach(p)
         # A copied job (a cell of an X/Y/Z grid) shares its parameters with the others; ours are of this job alone.
         parameters = {key: value for key, value in p.extra_generation_params.items() if not _OUR_KEY.fullmatch(key)}
-        p.extra_generation_params = parameters
+        if len(parameters) < len(p.extra_generation_params):
+            p.extra_generation_params = parameters
 
     def prepare(self, p: Any, units: Sequence[Unit]) -> Mapping[str, str]:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
@@ -125,9 +126,9 @@ class Session:
                 traceback.print_exc()
             self._host.fail_in_sampling(p, str(error))
 
-    def drop_refused(self, p: Any, pictures: list[Any]) -> None:
-        """Takes out what a host has decoded although the job was refused."""
-        if self._host.was_refused(p):
+    def drop_blank(self, p: Any, pictures: list[Any]) -> None:
+        """Takes out the pictures of a job that a comment has ended in mid-pass: they are decoded blank latents."""
+        if self._host.was_ended_by_comment(p):
             pictures.clear()
 
     def end(self, p: Any) -> None:
@@ -162,9 +163,10 @@ class Session:
             if seen is None:
                 raise
             stop = math.floor(seen[1] * 100) / 100
+            cure = f"set the unit's stop to {stop:.2f} or less" if stop > 0 else "let it change later"
             raise IPAdapterError(
                 f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
-                f"the unit doesn't fit, so set the unit's stop to {stop:.2f} or less: {error}"
+                f"the unit doesn't fit, so {cure}: {error}"
             ) from error
         run.acting = [each for each, _ in with_terms]
         run.identity = info.identity

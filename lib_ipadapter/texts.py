@@ -1,7 +1,8 @@
 """Telling cond from uncond by the text itself, for UNet calls that a step's own list of rows doesn't account for.
 
 Self-attention guidance sends the uncond text through the UNet once more and calls it cond; other extensions send
-parts of a step again. Only such calls are compared, each with one read of the device.
+parts of a step again. Only such calls are compared, and only if all their rows are said to be of one role; each
+costs one read of the device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .errors import IPAdapterError
 from .rows import COND, UNCOND
 
 TOLERANCE = 1e-2
-"""Share of the largest value by which equal texts may differ: the host may have cast them to half precision."""
+"""Share of a token's largest value by which equal texts may differ: the host may have cast them to half precision."""
 
 
 def step_texts(params: Any) -> dict[int, Tensor]:
@@ -27,31 +28,35 @@ def step_texts(params: Any) -> dict[int, Tensor]:
     }
 
 
-def roles_by_text(given: Tensor, texts: Mapping[int, Tensor], labels: Sequence[int] | None = None) -> tuple[int, ...]:
+def roles_by_text(given: Tensor, texts: Mapping[int, Tensor], labels: Sequence[int] = ()) -> tuple[int, ...]:
     """The role of every row of a UNet call.
 
     Args:
         given: ``[R, M, C]``, the call's text, or what one projection makes of it.
         texts: the step's texts by role, ``[rows, m, C]``, treated the same. Where the lengths differ, what they have
             in common is compared: hosts repeat or pad at the end.
-        labels: roles to believe where both texts are the same; None: cond.
+        labels: what to believe of each row where prompt and negative prompt are the same.
 
     Raises:
-        IPAdapterError: if a row has neither text.
+        IPAdapterError: if a row has neither text, or both and no label.
     """
-    if labels is None:
-        labels = (COND,) * given.shape[0]
     same = torch.stack([_has_one_of(given, text) for text in texts.values()]).tolist() if texts else []
     found = []
-    for row, label in enumerate(labels):
+    for row in range(given.shape[0]):
         of_row = [role for role, matches in zip(texts, same, strict=True) if matches[row]]
+        if len(of_row) > 1 and not labels:
+            raise IPAdapterError(
+                "The UNet is called beyond the step's own calls, and prompt and negative prompt are the same, so it "
+                "can't be told whether it is cond: write something else into one of them, or switch off the extension "
+                "that does so, or IP-Adapter."
+            )
         if not of_row:
             raise IPAdapterError(
                 "The UNet is called beyond the step's own calls, with a text that is neither the prompt nor the "
                 "negative prompt, so it can't be told whether it is cond: switch off the extension that does so, or "
                 "IP-Adapter."
             )
-        found.append(label if label in of_row else of_row[0])
+        found.append(labels[row] if len(of_row) > 1 else of_row[0])
     return tuple(found)
 
 
@@ -59,5 +64,5 @@ def _has_one_of(given: Tensor, known: Tensor) -> Tensor:
     """For every row of ``given`` whether it is one of ``known``'s, ``[R]``."""
     tokens = min(given.shape[1], known.shape[1])
     a, b = given[:, :tokens].float(), known[:, :tokens].to(given.device).float()
-    distance = (a[:, None] - b[None]).abs().amax(dim=(2, 3))
-    return (distance <= TOLERANCE * b.abs().amax()).any(dim=1)
+    distance = (a[:, None] - b[None]).abs().amax(dim=3)
+    return (distance <= TOLERANCE * b.abs().amax(dim=2)).all(dim=2).any(dim=1)

@@ -23,6 +23,8 @@ PACKAGE = "sd_image_prompt"
 LIVE_SESSION = "live_session"
 """Attribute of the package that holds the session of this load, for the next load to find."""
 MODELS_ROUTE = "/ip-adapter/models"
+HOST_ROUTE = "/sdapi/v1/sd-models"
+"""One of the host's API, beside which ours stands."""
 
 
 def _eject_previous() -> None:
@@ -120,7 +122,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
 
     def postprocess_batch_list(self, p: Any, batch: Any, *args: object, **kwargs: Any) -> None:
         """Decoded pictures, before anything is done with them."""
-        session.drop_refused(p, batch.images)
+        session.drop_blank(p, batch.images)
 
     def postprocess(self, p: Any, processed: Any, *args: object) -> None:
         """The job is done."""
@@ -139,8 +141,16 @@ def _models() -> dict[str, Any]:
 
 
 def _on_app_started(_: Any, app: Any) -> None:
-    """Every load gets an app of its own. ``response_model=None``: neither pydantic shall have a say in a plain dict."""
-    app.add_api_route(MODELS_ROUTE, _models, methods=["GET"], response_model=None)
+    """Every load gets an app of its own. Our route is there when the host's API is, and asks for the same login.
+
+    ``response_model=None``: neither generation of pydantic shall have a say in a plain dict.
+    """
+    for route in app.routes:
+        if route.path == HOST_ROUTE:
+            app.add_api_route(
+                MODELS_ROUTE, _models, methods=["GET"], response_model=None, dependencies=route.dependencies
+            )
+            break
 
 
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from tests.acceptance.cases import (
     unit,
 )
 from tests.acceptance.models import Models, full_sd15, full_sdxl, small_sd15
-from tests.acceptance.soak import soak
+from tests.acceptance.soak import WARM, soak
 from tests.acceptance.webui import EXTENSION, PROBE, Server, WebUI, left_as_found, linked, started
 
 BUILT_IN_MODULE = "CLIP-ViT-H (IPAdapter)"
@@ -74,7 +75,7 @@ class Table:
             result = f"FAIL: {problem}" if problem else "pass"
         except NotRun as reason:
             result = f"not run: {reason}"
-        except (OSError, KeyError, ValueError, IndexError) as error:
+        except (OSError, HTTPException, KeyError, ValueError, IndexError, SystemExit) as error:
             result = f"FAIL: {type(error).__name__}: {error}"
         self.add(name, result, time.monotonic() - begin)
 
@@ -118,7 +119,6 @@ class Run:
             with linked(self.webui), self._started(models, first, folder, [*models.flags, *flags], page) as server:
                 yield server
         else:
-            flags = ["--disable-extra-extensions", *flags]
             with self._started(models, first, folder, flags, page) as server:
                 yield server
 
@@ -294,6 +294,8 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, help="folder where the pictures of all cases are left")
     parser.add_argument("more", nargs="*", help="further flags for the WebUI, after --")
     args = parser.parse_args()
+    if 0 < args.soak < 2 * WARM:
+        parser.error(f"--soak {args.soak}: a soak needs {2 * WARM} generations or more, or 0 for none.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is put back
     webui, table = WebUI(args.webui.resolve(), args.python), Table(args.only)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:

@@ -550,6 +550,35 @@ def test_a_failure_in_the_callback_ends_the_next_unet_call(webui: SimpleNamespac
     call_unet(unet, *inputs(2, 7))
 
 
+def test_a_failure_in_the_callback_ends_the_sampling_also_when_attaching_failed(
+    webui: SimpleNamespace, unet: UNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refiner's UNet for which the device has no room left, say."""
+    host, p, injection = A1111Host(), job(unet), injection_of(COMBINATIONS["joint"])
+    host.attach(p, injection)
+    monkeypatch.setattr(injection, "to", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError):
+        host.attach(p, injection)
+    host.fail_in_sampling(p, "the sentence")
+    with pytest.raises(IPAdapterError, match="the sentence"):
+        call_unet(unet, *inputs(2, 7))
+    host.detach(p)
+    assert all_hooks(unet) == 0
+
+
+def test_a_step_whose_uncond_the_webui_left_out(webui: SimpleNamespace, unet: UNet) -> None:
+    """Then a further call, of another extension, isn't uncond because uncond rows are left."""
+    host, p = A1111Host(), job(unet)
+    host.attach(p, injection_of(COMBINATIONS["joint"]))
+    x, context = inputs(2, 7)
+    for second in (COND, UNCOND):
+        host.on_step(SimpleNamespace(text_cond=context[:1], text_uncond=context[1:]))
+        for role in (COND, second):
+            found = call_unet(unet, x[:1], context[role : role + 1])
+            wanted = attended(unet, injection_of(COMBINATIONS["joint"]), (role,), x[:1], context[role : role + 1])
+            assert_all_close(found, wanted)
+
+
 # What it says of the WebUI
 
 

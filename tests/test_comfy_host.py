@@ -99,12 +99,12 @@ def test_failing_before_sampling_reaches_page_and_api(kind: tuple[str, bool], we
         assert p.comments == ["It can't be done."]
         assert webui.shared.state.interrupted
         assert p.do_not_save_grid  # type: ignore[attr-defined]
-        assert host.was_refused(p)
+        assert host.was_ended_by_comment(p)
     else:
         with pytest.raises(IPAdapterError, match="can't be done"):
             process_images(p, lambda: host.fail(p, "It can't be done."))
         assert not webui.shared.state.interrupted
-        assert not host.was_refused(p)
+        assert not host.was_ended_by_comment(p)
         assert not p.comments
 
 
@@ -112,7 +112,9 @@ def test_failing_before_sampling_reaches_page_and_api(kind: tuple[str, bool], we
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_failing_in_a_pass_reaches_page_and_api(kind: tuple[str, bool], when: str, webui: SimpleNamespace) -> None:
     def sample(p: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        raise IPAdapterError("It can't be done.")
+        if when == "inside":
+            raise IPAdapterError("It can't be done.")
+        return x
 
     host, p = ComfyHost(kind[0]), Job(kind[1], SimpleNamespace(sample=sample))
     latent = torch.randn(2, 4, 8, 8)
@@ -126,15 +128,16 @@ def test_failing_in_a_pass_reaches_page_and_api(kind: tuple[str, bool], when: st
         results.append(p.sampler.sample(p, latent))
 
     if kind == LOST:
-        process_images_inner(p, run)
+        process_images(p, run)
         assert torch.equal(results[0], torch.zeros_like(latent))
         assert p.comments == ["It can't be done."]
-        assert host.was_refused(p)
+        assert host.was_ended_by_comment(p)
+        assert p.extra_generation_params == {"IP-Adapter error": "It can't be done."}
         assert webui.shared.state.interrupted
     else:
         with pytest.raises(IPAdapterError, match="can't be done"):
-            process_images_inner(p, run)
-        assert not host.was_refused(p)
+            process_images(p, run)
+        assert not host.was_ended_by_comment(p)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,13 +161,13 @@ def test_a_cell_of_a_grid_raises_and_its_result_so_far_knows(webui: SimpleNamesp
     first = webui.processing.Processed()
     first.comments, first.extra_generation_params = "", {"IP-Adapter 1": "model: one"}
 
-    def draw_xyz_grid(p: Any) -> None:
+    def run(p: Any) -> None:
         processed_result = first
         with pytest.raises(IPAdapterError, match="can't be done"):
             process_images(cell, lambda: host.fail(cell, "It can't be done."))
         assert processed_result.comments == "It can't be done.\n"
 
-    draw_xyz_grid(p)
+    run(p)
     assert p.comments == ["It can't be done."]
     assert p.extra_generation_params["IP-Adapter error"] == "It can't be done."
     assert first.extra_generation_params["IP-Adapter error"] == "It can't be done."

@@ -46,7 +46,7 @@ def test_sdnext_is_declined_with_the_name_of_its_own_script(monkeypatch: pytest.
     with pytest.raises(IPAdapterError) as refusal:
         detect()
     sentence = str(refusal.value)
-    assert "found SD.Next" in sentence and "its relatives: use SD.Next's own script, IP Adapters" in sentence
+    assert "found SD.Next" in sentence and "use SD.Next's own script, IP Adapters" in sentence
     assert sentence.count(". ") == 0 and sentence.endswith(".")
 
 

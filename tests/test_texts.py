@@ -41,9 +41,19 @@ def test_each_row_is_found(roles: list[int], cond: int, uncond: int, repeats: in
 
 
 @pytest.mark.parametrize("labels", [(COND, UNCOND), (UNCOND, COND)])
-def test_the_label_counts_where_prompt_and_negative_are_the_same(labels: tuple[int, int]) -> None:
+def test_where_prompt_and_negative_are_the_same_a_label_counts_and_nothing_is_guessed(labels: tuple[int, int]) -> None:
     same = text(1, 4, 0)
     assert roles_by_text(same.expand(2, -1, -1), {COND: same, UNCOND: same}, labels) == labels
+    with pytest.raises(IPAdapterError, match="prompt and negative prompt are the same"):
+        roles_by_text(same, {COND: same, UNCOND: same})
+
+
+def test_a_first_token_that_is_large_in_every_text_hides_no_difference() -> None:
+    """Text encoders give the start token values far beyond those of the words."""
+    texts = {COND: text(1, 4, 0), UNCOND: text(1, 4, 1)}
+    for each in texts.values():
+        each[:, 0] = 600.0
+    assert roles_by_text(texts[UNCOND], texts) == (UNCOND,)
 
 
 @pytest.mark.parametrize("texts", [{}, {COND: text(1, 4, 0), UNCOND: text(1, 4, 1)}])

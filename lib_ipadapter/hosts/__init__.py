@@ -23,8 +23,8 @@ def detect() -> Host:
     """
     if _is_there(_SDNEXT):
         raise IPAdapterError(
-            "IP-Adapter found SD.Next, which draws through diffusers where this extension can't act, for it runs in "
-            "AUTOMATIC1111's WebUI, in Forge and its relatives: use SD.Next's own script, IP Adapters, instead."
+            "IP-Adapter found SD.Next, which draws through diffusers, where this extension can't act: use SD.Next's "
+            "own script, IP Adapters, instead."
         )
     for name in _NAMESPACES:
         try:

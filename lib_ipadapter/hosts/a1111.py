@@ -8,11 +8,13 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import IPAdapterError
 from ..injection import Injection
@@ -37,6 +39,7 @@ class A1111Host(ModelFolders):
 
     def __init__(self) -> None:
         self._hooks: _Hooks | None = None
+        self._raisers: list[RemovableHandle] = []
 
     # Files and memory
 
@@ -81,6 +84,9 @@ class A1111Host(ModelFolders):
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+        for handle in self._raisers:
+            handle.remove()
+        self._raisers.clear()
 
     def check(self, p: Any, injection: Injection, identity: object) -> bool:
         """See :class:`.base.Host`. Others' hooks stand beside ours, so there is nothing to attach again."""
@@ -103,10 +109,13 @@ class A1111Host(ModelFolders):
 
     def fail_in_sampling(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
-        if self._hooks is not None:
-            self._hooks.refuse(p.sd_model.model.diffusion_model, message)
 
-    def was_refused(self, p: Any) -> bool:
+        def raiser(*_: Any) -> None:
+            raise IPAdapterError(message)
+
+        self._raisers.append(p.sd_model.model.diffusion_model.register_forward_pre_hook(raiser))
+
+    def was_ended_by_comment(self, p: Any) -> bool:
         """See :class:`.base.Host`. The page shows exceptions here."""
         return False
 
@@ -147,24 +156,21 @@ class _Hooks:
         self._q.clear()
         self._k.clear()
 
-    def refuse(self, unet: nn.Module, message: str) -> None:
-        """Makes the next UNet call raise."""
-
-        def raiser(*_: Any) -> None:
-            raise IPAdapterError(message)
-
-        self._handles.append(unet.register_forward_pre_hook(raiser))
-
     def _before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else kwargs["x"]
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
         rows = int(x.shape[0])
+        context = args[2] if len(args) > 2 else kwargs["context"]
         roles = self._roles[self._cursor : self._cursor + rows]
-        if len(roles) == rows:
+        if len(roles) != rows:  # another extension calls the UNet once more than the step
+            roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else ())
+        elif self._cursor and self._cursor == self._roles.count(COND):
+            # This would be uncond; but the host may have left that out of this step, and an extension be calling.
+            with suppress(IPAdapterError):
+                roles = roles_by_text(context, self._texts, roles)
             self._cursor += rows
-        else:  # another extension calls the UNet once more than the step
-            context = args[2] if len(args) > 2 else kwargs["context"]
-            roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else None)
+        else:
+            self._cursor += rows
         self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
         self._plan = None
 

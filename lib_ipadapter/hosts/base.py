@@ -80,7 +80,7 @@ class Host(Protocol):
     def fail_in_sampling(self, p: Any, message: str) -> None:
         """Ends a generation whose sampling has begun; its next UNet call raises the sentence."""
 
-    def was_refused(self, p: Any) -> bool:
+    def was_ended_by_comment(self, p: Any) -> bool:
         """Whether a sentence ended ``p`` without an exception, so that its pictures mean nothing."""
 
     def comment(self, p: Any, message: str) -> None:

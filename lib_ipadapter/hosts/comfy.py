@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ..attn2 import CurrentPlan, ExtraOptions, ReadCall, Replacement, make_replacement
-from ..errors import IPAdapterError
+from ..errors import ERROR_KEY, IPAdapterError
 from ..injection import Injection
 from ..layers import LayerKey, first_in_forward_order
 from ..plan import Attention
 from ..progress import SigmaSchedule
-from ..rows import UNCOND, Call, roles_of_rows
+from ..rows import COND, UNCOND, Call, roles_of_rows
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_swallowed, skip_sampling, wrap_sampler
+from .job import fail, is_inside_another, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
 
 # Attribute of the host's processing object.
-_REFUSED = "image_prompt_refused"
+_ENDED_BY_COMMENT = "image_prompt_ended_by_comment"
 
 # Function attribute by which our replacements are known again: what stood in the layer before.
 REPLACES = "image_prompt_replaces"
@@ -99,6 +99,7 @@ class ComfyHost(ModelFolders):
 
     def detach(self, p: Any) -> None:
         """See :class:`.base.Host`."""
+        self._step = _Step({}, {})
         objects = getattr(getattr(p, "sd_model", None), "forge_objects", None)
         unet = getattr(objects, "unet", None)
         if objects is None or unet is None:
@@ -129,8 +130,7 @@ class ComfyHost(ModelFolders):
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. These hosts repeat the shorter of two prompts; here is how long each really is."""
         texts = step_texts(params)
-        images = max(1, int(params.x.shape[0]))
-        self._step = _Step(texts, {role: int(text.shape[0]) // images for role, text in texts.items()})
+        self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1})
 
     def _reader(self, unet: Any, keys: Sequence[LayerKey]) -> ReadCall:
         model = unet.model
@@ -147,7 +147,7 @@ class ComfyHost(ModelFolders):
             if step.beyond and len(set(chunks)) == 1 and step.texts:
                 to_k: Any = attn2s[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
-                roles = roles_by_text(k, texts, roles)
+                roles = roles_by_text(k, texts)
             return Call(roles, schedule.progress(float(sigmas[0])), step.text_tokens)
 
         return read
@@ -156,32 +156,33 @@ class ComfyHost(ModelFolders):
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """See :class:`.base.Host`."""
-        wrap_sampler(p, after, refuse=lambda message: self._refused_by_comment(p, message))
+        wrap_sampler(p, after, end_by_comment=lambda message: self._end_by_comment(p, message))
 
     def fail(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
-        if self._refused_by_comment(p, message):
+        if self._end_by_comment(p, message):
             skip_sampling(p)
         else:
             fail(p, message)
 
-    def _refused_by_comment(self, p: Any, message: str) -> bool:
+    def _end_by_comment(self, p: Any, message: str) -> bool:
         """Ends ``p`` with a comment where an exception's text would be lost: in the page of hosts on ``ldm_patched``.
 
         There the job has to run to its end for its comments to be seen, so it is interrupted and its pictures are
         dropped.
         """
-        if self._namespace == "backend" or getattr(p, "is_api", False) or is_swallowed(p):
+        if self._namespace == "backend" or getattr(p, "is_api", False) or is_inside_another(p):
             return False
         self.comment(p, message)
+        p.extra_generation_params[ERROR_KEY] = message
         import_module("modules.shared").state.interrupted = True
         p.do_not_save_grid = True  # there is nothing to make one of
-        setattr(p, _REFUSED, True)
+        setattr(p, _ENDED_BY_COMMENT, True)
         return True
 
-    def was_refused(self, p: Any) -> bool:
+    def was_ended_by_comment(self, p: Any) -> bool:
         """See :class:`.base.Host`."""
-        return getattr(p, _REFUSED, False)
+        return getattr(p, _ENDED_BY_COMMENT, False)
 
     def fail_in_sampling(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`. Raises around the UNet, not in its layers, since it may be one without any."""
@@ -274,12 +275,20 @@ def _chained(
     return replacement
 
 
+def _and_parts(params: Any) -> int:
+    """Cond chunks of a step: pictures with fewer AND parts than others cut the others' short."""
+    cond = getattr(params.denoiser.sampler, "sampler_extra_args", {}).get("cond")
+    if hasattr(cond, "batch"):
+        return min(len(parts) for parts in cond.batch)
+    return int(params.text_cond.shape[0]) // max(1, int(params.x.shape[0]))  # a sampler of another extension
+
+
 @dataclass
 class _Step:
     """What the sampler announced for the UNet calls of one denoiser call."""
 
     texts: Mapping[int, Tensor]
-    """By role, ``[chunks x images, M, C]``; empty before the first step."""
+    """By role, ``[rows, M, C]``; empty before the first step."""
     left: dict[int, int]
     """Chunks of each role that are still to come."""
     beyond: bool = False

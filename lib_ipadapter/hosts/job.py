@@ -26,12 +26,12 @@ def wrap_sampler(
     p: Any,
     after: Callable[[], None],
     finally_: Callable[[], None] = lambda: None,
-    refuse: Callable[[str], bool] = lambda _: False,
+    end_by_comment: Callable[[str], bool] = lambda _: False,
 ) -> None:
     """Calls ``after`` when ``p``'s sampler has run to its end, and ``finally_`` however it ended.
 
-    A sentence of ours that ends it is told to the jobs outside, and to ``refuse``; if that returns True the sampler
-    returns an empty latent instead of raising.
+    A sentence of ours that ends it is told to the jobs outside, and to ``end_by_comment``; if that returns True the
+    sampler returns a blank latent instead of raising.
 
     The sampler object is the pass's own. img2img keeps one for a whole batch count, so a second wrapping replaces the
     first.
@@ -52,9 +52,9 @@ def wrap_sampler(
                 return result
             except IPAdapterError as error:
                 tell_outer_jobs(p, str(error))
-                if not refuse(str(error)):
+                if not end_by_comment(str(error)):
                     raise
-                return _empty(*args)
+                return _blank(*args)
             finally:
                 finally_()
 
@@ -64,13 +64,13 @@ def wrap_sampler(
 
 
 def skip_sampling(p: Any) -> None:
-    """Lets ``p``'s sampler, if it has one already, return an empty latent at once."""
+    """Lets ``p``'s sampler, if it has one already, return a blank latent at once."""
     if getattr(p, "sampler", None) is not None:
         for name in SAMPLE_METHODS:
-            setattr(p.sampler, name, lambda *args, **_: _empty(*args))
+            setattr(p.sampler, name, lambda *args, **_: _blank(*args))
 
 
-def _empty(p: Any, latent: Tensor, *_: Any) -> Tensor:
+def _blank(p: Any, latent: Tensor, *_: Any) -> Tensor:
     """Of the shape of a sampling method's first latent."""
     return torch.zeros_like(latent)
 
@@ -92,10 +92,6 @@ def fail(p: Any, message: str) -> None:
             setattr(p.sampler, name, raiser)
 
 
-# Functions of the hosts that go on when a job started inside them raises: scripts' hooks, cells of an X/Y/Z grid.
-_SWALLOWING = ("process_images_inner", "draw_xyz_grid")
-
-
 def tell_outer_jobs(p: Any, message: str) -> None:
     """Writes the sentence where the people see it whose job goes on although ``p``, a job inside it, fails.
 
@@ -105,7 +101,7 @@ def tell_outer_jobs(p: Any, message: str) -> None:
     processing: Any = import_module("modules.processing")
     seen: list[object] = [p]
     for frame in _outer_frames(p):
-        for value in frame.f_locals.values():
+        for value in list(frame.f_locals.values()):
             if any(value is each for each in seen):
                 continue
             if isinstance(value, processing.StableDiffusionProcessing):
@@ -120,9 +116,17 @@ def tell_outer_jobs(p: Any, message: str) -> None:
         p.extra_generation_params[ERROR_KEY] = message  # an X/Y/Z grid takes its parameters from its first cell
 
 
-def is_swallowed(p: Any) -> bool:
-    """Whether the host goes on when ``p`` raises, since another job runs it."""
-    return any(frame.f_code.co_name in _SWALLOWING for frame in _outer_frames(p))
+def is_inside_another(p: Any) -> bool:
+    """Whether ``p`` was started by another job, in a script's hook, or by a selectable script such as X/Y/Z plot.
+
+    These go on when ``p`` raises, or have no use for a job without pictures.
+    """
+    processing: Any = import_module("modules.processing")
+    return any(
+        frame.f_code.co_name in ("process_images_inner", "run")
+        and isinstance(frame.f_locals.get("p"), processing.StableDiffusionProcessing)
+        for frame in _outer_frames(p)
+    )
 
 
 def _outer_frames(p: Any) -> Iterator[FrameType]:

@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,10 @@ def plain_request(checkpoint: str) -> dict[str, Any]:
     return {**PLAIN, "override_settings": {"sd_model_checkpoint": checkpoint}}
 
 
+CUT_SHORT = ("interrupt", "skip")
+"""Probes that leave less than the whole picture."""
+
+
 class NotRun(Exception):
     """The WebUI hasn't what a case needs."""
 
@@ -273,6 +277,10 @@ def _judged(server: Server, case: Case, plain: Mapping[str, Any], keep: Path | N
     compare = case.compare and case.status == 200 and not case.sentence
     without = server.call(path, request(server, case, plain, ())) if compare else None
     status, answer = server.call(path, request(server, case, plain, case.units))
+    if case.probe in CUT_SHORT:
+        whole = server.call(path, request(server, replace(case, probe=""), plain, case.units))
+        if same(pixels(answer), pixels(whole[1])):
+            return "nothing was cut short"
     if status != case.status:
         return f"answered {status}: {_text(answer)}"
     if case.sentence:

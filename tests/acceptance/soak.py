@@ -39,11 +39,12 @@ def soak(steered: Server, plain: Server, wanted: Mapping[str, Any], generations:
     )
     if slopes["with"] > slopes["without"] + ALLOWED:
         return f"resident memory grows by {slopes['with']:.3f} MB a generation, {slopes['without']:.3f} without"
+    end = WARM + (generations - WARM) // len(UNITS) * len(UNITS)  # where the same units were on as after WARM
     for what in ("tensors", "hooks"):
-        first, last = seen["with"][WARM - 1][what], seen["with"][-1][what]
-        print(f"{what}: {first} after generation {WARM}, {last} at the end", flush=True)
-        if (len(seen["with"]) - WARM) % len(UNITS) == 0 and first != last:
-            return f"{first} {what} after generation {WARM}, {last} after generation {generations}"
+        first, last = seen["with"][WARM - 1][what], seen["with"][end - 1][what]
+        print(f"{what}: {first} after generation {WARM}, {last} after generation {end}", flush=True)
+        if first != last:
+            return f"{first} {what} after generation {WARM}, {last} after generation {end}"
     return ""
 
 
