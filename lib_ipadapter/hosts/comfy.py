@@ -277,7 +277,7 @@ def _chained(
 
 def _and_parts(params: Any) -> int:
     """Cond chunks of a step: pictures with fewer AND parts than others cut the others' short."""
-    cond = getattr(params.denoiser.sampler, "sampler_extra_args", {}).get("cond")
+    cond: Any = getattr(params.denoiser.sampler, "sampler_extra_args", {}).get("cond")
     if hasattr(cond, "batch"):
         return min(len(parts) for parts in cond.batch)
     return int(params.text_cond.shape[0]) // max(1, int(params.x.shape[0]))  # a sampler of another extension
