@@ -133,13 +133,26 @@ def infotext(p):
     return processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
 
 
+def loaded_unet():
+    unet = getattr(getattr(shared.sd_model, "model", None), "diffusion_model", None)
+    return unet if unet is not None else shared.sd_model.forge_objects.unet.model.diffusion_model
+
+
+def fail_next_call(module):
+    def raiser(*args):
+        handle.remove()
+        raise RuntimeError("The probe fails in the middle of sampling, as it was told.")
+
+    handle = module.register_forward_pre_hook(raiser)
+
+
 def on_cfg_denoiser(params):
     if wanted == "interrupt" and params.sampling_step >= 1:
         shared.state.interrupted = True
     if wanted == "skip" and params.sampling_step >= 1:
         shared.state.skipped = True
     if wanted == "fail" and params.sampling_step >= 1:
-        params.x = params.x[:, :, :1, :1, None]  # no UNet takes this
+        fail_next_call(loaded_unet())
     if wanted == "raise":
         raise RuntimeError("The probe raises in the denoiser callback, as it was told.")
 
@@ -149,10 +162,7 @@ def state():
     gc.collect()
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    unet = getattr(getattr(shared.sd_model, "model", None), "diffusion_model", None)
-    if unet is None:
-        unet = shared.sd_model.forge_objects.unet.model.diffusion_model
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded_unet().modules())
     tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
     return {"resident": resident, "tensors": tensors, "hooks": hooks}
 
