@@ -33,8 +33,7 @@ def soak(steered: Server, plain: Server, wanted: Mapping[str, Any], generations:
     slopes = {name: _slope([each["resident"] for each in states[WARM:]]) for name, states in seen.items()}
     print(
         f"resident memory: {slopes['with']:+.3f} MB a generation with, {slopes['without']:+.3f} without, from "
-        f"generation {WARM} to {generations}; {seen['with'][-1]['resident'] / 1e6:.0f} and "
-        f"{seen['without'][-1]['resident'] / 1e6:.0f} MB at the end",
+        f"generation {WARM} to {generations}; from {_megabytes(seen['with'])} and {_megabytes(seen['without'])}",
         flush=True,
     )
     if slopes["with"] > slopes["without"] + ALLOWED:
@@ -46,6 +45,10 @@ def soak(steered: Server, plain: Server, wanted: Mapping[str, Any], generations:
         if first != last:
             return f"{first} {what} after generation {WARM}, {last} after generation {end}"
     return ""
+
+
+def _megabytes(states: list[dict[str, int]]) -> str:
+    return f"{states[WARM]['resident'] / 1e6:.1f} to {states[-1]['resident'] / 1e6:.1f} MB"
 
 
 def _slope(resident: list[int]) -> float:

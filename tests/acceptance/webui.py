@@ -180,7 +180,6 @@ def started(
     """The WebUI on loopback, with settings files of our own in ``folder``; the page is served only if asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    (folder / "config.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     command = [webui.python, "launch.py", "--api", "--port", str(port), "--server-name", "127.0.0.1"]
     command += [] if page else ["--nowebui"]
     command += ["--skip-prepare-environment", "--skip-install", "--skip-torch-cuda-test", "--skip-python-version-check"]
@@ -210,6 +209,7 @@ def started(
             if not _is_up(webui, process, server, page) and attempt < START_ATTEMPTS - 1:
                 print(f"{webui.kind} lost its API's thread while starting; starting it again", flush=True)
                 continue
+            server.call("/sdapi/v1/options", SETTINGS)
             yield server
             return
         finally:
