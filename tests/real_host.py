@@ -155,9 +155,7 @@ class Run:
             with self.server(models, first, flags, page=True) as server:
                 before, steered = _drawn(server, plain), _drawn(server, _steered(plain))
                 for _ in range(2):
-                    server.call("/acceptance/reload", {})
-                    time.sleep(5)
-                    server.wait()
+                    server.reload()
                     problem = _differs(steered, _drawn(server, _steered(plain))) or _differs(
                         before, _drawn(server, plain)
                     )

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXTENSION, PROBE = "sd-webui-ip-adapter-acceptance", "sd-webui-ip-adapter-acceptance-probe"
 START_SECONDS, REQUEST_SECONDS = 600, 1800
 START_ATTEMPTS = 4
+STARTED = "Startup time"
+"""What a WebUI with its page writes into its log when it is up, also after 'Reload UI'."""
 SETTINGS = {"live_previews_enable": False, "samples_save": False, "grid_save": False}
 """Of the run. Previews of SDXL would need a small decoder that WebUIs download; grids are saved unasked."""
 WRITTEN = ("params.txt", "cache.json", "cache")
@@ -150,21 +152,22 @@ class Server:
         scripts = self.call("/sdapi/v1/script-info")[1]
         return [s["name"] for s in scripts if s["is_alwayson"] and not s["is_img2img"]]
 
-    def wait(self, path: str = "/sdapi/v1/sd-models") -> None:
-        """Until it answers.
+    def reload(self) -> None:
+        """'Reload UI', to its end: routes answer before scripts have their default arguments.
 
         Raises:
-            TimeoutError: if it doesn't.
+            TimeoutError: if it doesn't end.
         """
+        before = self._starts()
+        self.call("/acceptance/reload", {})
         end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            try:
-                if self.call(path)[0] == 200:
-                    return
-            except OSError:
-                pass
+        while self._starts() == before:
+            if time.monotonic() > end:
+                raise TimeoutError(f"'Reload UI' didn't end within {START_SECONDS} s.")
             time.sleep(1)
-        raise TimeoutError(f"No answer within {START_SECONDS} s.")
+
+    def _starts(self) -> int:
+        return self.log.read_text(errors="replace").count(STARTED)
 
 
 def _free_port() -> int:
@@ -234,7 +237,7 @@ def _is_up(webui: WebUI, process: subprocess.Popen[bytes], server: Server, page:
         if "SystemError" in text and "api_only_worker" in text:
             return False
         # A request before a page is up can end the server, so the log comes first.
-        if not page or "Startup time" in text:
+        if not page or STARTED in text:
             try:
                 if server.call("/sdapi/v1/sd-models")[0] == 200:
                     return True
