@@ -146,7 +146,7 @@ def _on_app_started(_: Any, app: Any) -> None:
     ``response_model=None``: neither generation of pydantic shall have a say in a plain dict.
     """
     for route in app.routes:
-        if route.path == HOST_ROUTE:
+        if getattr(route, "path", "") == HOST_ROUTE:
             app.add_api_route(
                 MODELS_ROUTE, _models, methods=["GET"], response_model=None, dependencies=route.dependencies
             )

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from fastapi.testclient import TestClient
 
 from tests.embedded.gradio_compat import gr
 
@@ -213,6 +216,26 @@ def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) 
             assert len(script.hooks.ui(bool(call % 2))) == 11
     assert [event for event, _ in script.webui.registered] == events
     assert vars(script.hooks) == state and script.session.calls == []
+
+
+def _login(credentials: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -> None:
+    if credentials.password != "secret":
+        raise HTTPException(401)
+
+
+def test_the_list_of_models_asks_for_the_login_of_the_hosts_api(
+    script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(script.session), "listing", lambda self: {"adapters": []}, raising=False)
+    app, without_api = FastAPI(), FastAPI()
+    app.add_api_route("/sdapi/v1/sd-models", dict, dependencies=[Depends(_login)])
+    for each in (app, without_api):
+        script.webui.callback("app_started")(None, each)
+    client = TestClient(app)
+    assert client.get("/ip-adapter/models").status_code == 401
+    assert client.get("/ip-adapter/models", auth=("somebody", "wrong")).status_code == 401
+    assert client.get("/ip-adapter/models", auth=("somebody", "secret")).json() == {"adapters": []}
+    assert TestClient(without_api).get("/ip-adapter/models").status_code == 404
 
 
 def test_the_defaults_of_ui_are_off(script: SimpleNamespace) -> None:
