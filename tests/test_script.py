@@ -223,12 +223,16 @@ def _login(credentials: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -
         raise HTTPException(401)
 
 
+def _host_route() -> list[str]:
+    return []
+
+
 def test_the_list_of_models_asks_for_the_login_of_the_hosts_api(
     script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(script.session), "listing", lambda self: {"adapters": []}, raising=False)
     app, without_api = FastAPI(), FastAPI()
-    app.add_api_route("/sdapi/v1/sd-models", dict, dependencies=[Depends(_login)])
+    app.add_api_route("/sdapi/v1/sd-models", _host_route, dependencies=[Depends(_login)])
     for each in (app, without_api):
         script.webui.callback("app_started")(None, each)
     client = TestClient(app)
