@@ -167,8 +167,13 @@ def in_a_webui(models: Path) -> dict[str, Any]:
     labels = [component.label for component in components]
     assert json.loads(json.dumps(blocks.get_config_file(), default=str))["components"]
     app = FastAPI()
+    app.add_api_route("/sdapi/v1/sd-models", _host_route)  # the host's API, beside which ours stands
     registered["app_started"](blocks, app)
     return {"modules": under_private_name, "labels": labels, "listed": asyncio.run(get(app, "/ip-adapter/models"))}
+
+
+def _host_route() -> list[str]:
+    return []
 
 
 async def get(app: Any, path: str) -> Any:
