@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from lib_ipadapter import tensorfile
+from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.library import Library
+from tests.adapter_files import base_adapter, save
 from tests.huge_files import huge_legacy, huge_safetensors, huge_zip
 from tests.test_recognise import public
 
@@ -160,3 +162,22 @@ def test_a_file_of_the_same_size_with_another_time_is_read_anew(
     reading = Reading(monkeypatch)
     assert len(library.adapters()) == 200
     assert set(reading.bytes) == {str(touched)}
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again_when_that_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions change neither size nor time of writing."""
+    path = save(base_adapter([8] * 16, 8), tmp_path / "one.safetensors")
+    files = Library(lambda: [tmp_path], lambda: [])
+
+    def unreadable(path: Path) -> Any:
+        raise IPAdapterError(f"{path.name} can't be read.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib_ipadapter.library.open_tensors", unreadable)
+        assert files.adapters() == {}
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:  # the clock of a file system ticks coarsely
+        path.chmod(0o600)
+    assert list(files.adapters()) == ["one.safetensors"]
