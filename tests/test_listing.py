@@ -169,7 +169,7 @@ def test_a_file_that_could_not_be_read_is_looked_at_again_when_that_changes(
 ) -> None:
     """Permissions change neither size nor time of writing."""
     path = save(base_adapter([8] * 16, 8), tmp_path / "one.safetensors")
-    files = Library(lambda: [tmp_path], lambda: [])
+    files = Library(lambda: [tmp_path], list)
 
     def unreadable(path: Path) -> Any:
         raise IPAdapterError(f"{path.name} can't be read.")
