@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from tests import soak
+from tests import engine_soak, soak
 from tests.embedded import Host
 from tests.embedded_hosts import request, unit
 
@@ -22,3 +24,8 @@ def test_what_is_kept_would_be_seen(host: Host) -> None:
     assert kept.numel() == 1
     host.txt2img(**request(unit()))
     assert soak.alive(host).hooks == before.hooks
+
+
+def test_the_engine_alone_leaves_nothing_behind(tmp_path: Path) -> None:
+    seen = engine_soak.run(tmp_path, "sd15", torch.device("cpu"), 5)
+    assert seen[2:] == [seen[1]] * 3
