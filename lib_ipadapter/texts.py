@@ -1,8 +1,7 @@
 """Telling cond from uncond by the text itself, for UNet calls that a step's own list of rows doesn't account for.
 
 Self-attention guidance sends the uncond text through the UNet once more and calls it cond; other extensions send
-parts of a step again. Only such calls are compared, and only if all their rows are said to be of one role; each
-costs one read of the device.
+parts of a step again. Only calls that may be such are compared, since each comparison costs one read of the device.
 """
 
 from __future__ import annotations

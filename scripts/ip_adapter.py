@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,7 +99,8 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
 
         folder = getattr(shared.opts, "temp_dir", "")
         if folder:  # previews go there, and Forge Neo names one that it doesn't make
-            os.makedirs(folder, exist_ok=True)
+            with suppress(OSError):  # the page without previews is better than no page
+                os.makedirs(folder, exist_ok=True)
         components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton)
         return components
 

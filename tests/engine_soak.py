@@ -76,6 +76,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layout", choices=list(CONTEXTS), default="sdxl")
     args = parser.parse_args()
+    if args.rounds <= WARM:
+        parser.error(f"--rounds {args.rounds}: more than {WARM}.")
     with tempfile.TemporaryDirectory() as folder:
         seen = run(Path(folder), args.layout, torch.device(args.device), args.rounds)
     print(f"after round {WARM}: {seen[WARM - 1]}\nafter round {args.rounds}: {seen[-1]}")

@@ -63,6 +63,8 @@ def main() -> int:
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.generations < WARM + len(UNITS):
+        parser.error(f"--generations {args.generations}: {WARM + len(UNITS)} or more.")
     with tempfile.TemporaryDirectory() as folder:
         models = make_demo_models(Path(folder))
         with Host("sd15", models_path=models.models_path, device=args.device) as host:

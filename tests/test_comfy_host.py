@@ -16,6 +16,7 @@ from lib_ipadapter.hosts.compute import on_device
 from lib_ipadapter.injection import Injection
 from lib_ipadapter.plan import scaled_dot_product
 from lib_ipadapter.rows import Call
+from lib_ipadapter.session import Session
 
 
 class BuiltIn:
@@ -130,6 +131,9 @@ def test_failing_in_a_pass_reaches_page_and_api(kind: tuple[str, bool], when: st
     if kind == LOST:
         process_images(p, run)
         assert torch.equal(results[0], torch.zeros_like(latent))
+        pictures = ["decoded"]
+        Session(host).drop_blank(p, pictures)
+        assert pictures == []
         assert p.comments == ["It can't be done."]
         assert host.was_ended_by_comment(p)
         assert p.extra_generation_params == {"IP-Adapter error": "It can't be done."}
@@ -137,7 +141,9 @@ def test_failing_in_a_pass_reaches_page_and_api(kind: tuple[str, bool], when: st
     else:
         with pytest.raises(IPAdapterError, match="can't be done"):
             process_images(p, run)
-        assert not host.was_ended_by_comment(p)
+        pictures = ["decoded"]
+        Session(host).drop_blank(p, pictures)
+        assert pictures == ["decoded"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

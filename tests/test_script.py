@@ -218,6 +218,27 @@ def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) 
     assert vars(script.hooks) == state and script.session.calls == []
 
 
+def test_a_missing_folder_for_temporary_pictures_is_made(script: SimpleNamespace, tmp_path: Path) -> None:
+    """Forge Neo names one that it doesn't make; one that can't be made doesn't cost the page."""
+    opts = script.webui.modules["modules.shared"].opts
+    (tmp_path / "file").write_text("no folder")
+    for folder, made in ((tmp_path / "a" / "b", True), (tmp_path / "file" / "c", False)):
+        opts.temp_dir = str(folder)
+        with gr.Blocks():
+            assert len(script.hooks.ui(False)) == 11
+        assert folder.is_dir() is made
+
+
+def test_decoded_pictures_go_by_the_session(script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[Any] = []
+    monkeypatch.setattr(
+        type(script.session), "drop_blank", lambda self, p, images: dropped.append((p, images)), raising=False
+    )
+    p, batch = job(), SimpleNamespace(images=["one", "two"])
+    script.hooks.postprocess_batch_list(p, batch, batch_number=0)
+    assert dropped == [(p, batch.images)]
+
+
 def _login(credentials: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -> None:
     if credentials.password != "secret":
         raise HTTPException(401)

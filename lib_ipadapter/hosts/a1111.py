@@ -164,12 +164,11 @@ class _Hooks:
         roles = self._roles[self._cursor : self._cursor + rows]
         if len(roles) != rows:  # another extension calls the UNet once more than the step
             roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else ())
-        elif self._cursor and self._cursor == self._roles.count(COND):
-            # This would be uncond; but the host may have left that out of this step, and an extension be calling.
-            with suppress(IPAdapterError):
-                roles = roles_by_text(context, self._texts, roles)
-            self._cursor += rows
         else:
+            if self._cursor and self._cursor == self._roles.count(COND):
+                # This would be uncond; but the host may have left that out of this step, and an extension be calling.
+                with suppress(IPAdapterError):
+                    roles = roles_by_text(context, self._texts, roles)
             self._cursor += rows
         self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
         self._plan = None
