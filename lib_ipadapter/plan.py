@@ -1,14 +1,13 @@
 """What every layer does in one kind of UNet call.
 
 A plan is made when a kind of call (its rows, its text, its active units) is first seen. It holds every layer's image
-tokens as views laid out for the rows of the batch, so that a layer has nothing to do but concatenate and attend.
+tokens as views for each row of the batch, so that a layer has nothing to do but concatenate and attend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -50,20 +49,29 @@ class ImageKV:
         return int(self.keys[0].shape[1])
 
 
-class _Run(NamedTuple):
-    """Neighbouring rows of one role, counted inside their group."""
-
-    first: int
-    last: int
-    """One past the last."""
-    images: tuple[ImageKV, ...]
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    # The storage itself, since tensors made in inference mode don't know what they are views of.
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
-class _Views(NamedTuple):
-    """One layer's image tokens for all rows of a group, one tensor a picture."""
+def _merged(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Several ``[1, T, C]`` as few ``[T', C]``, in their order: what lies side by side in memory is one view."""
+    found: list[tuple[Tensor, int]] = []
+    end = -1
+    for t in tensors:
+        tokens = t.shape[1]
+        if t.storage_offset() == end and _share_memory(found[-1][0], t):
+            found[-1] = (found[-1][0], found[-1][1] + tokens)
+        else:
+            found.append((t, tokens))
+        end = t.storage_offset() + tokens * t.shape[2]
+    return tuple(t.as_strided((tokens, t.shape[2]), t.stride()[1:]) for t, tokens in found)
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+
+def _row(tensors: Sequence[Tensor]) -> Tensor:
+    """Several ``[1, T, C]`` as one ``[1, sum of T, C]``: a view where they lie side by side, else a copy."""
+    merged = _merged(tensors)
+    return (merged[0] if len(merged) == 1 else torch.cat(merged)).unsqueeze(0)
 
 
 def _pair(first: Tensor, second: Tensor) -> Tensor | None:
@@ -75,37 +83,52 @@ def _pair(first: Tensor, second: Tensor) -> Tensor | None:
     return first.as_strided((2, *first.shape[1:]), (distance, *first.stride()[1:]))
 
 
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    # The storage itself, since tensors made in inference mode don't know what they are views of.
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Tensor | None:
+    """How to pick ``rows`` of a batch of ``total``; None: they are all of it."""
+    if list(rows) == list(range(total)):
+        return None
+    if list(rows) == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
-def _row(tensors: Sequence[Tensor]) -> Tensor:
-    """Several ``[1, T, C]`` as one ``[1, sum of T, C]``: a view where they lie one after another, else a copy."""
-    first, end = tensors[0], tensors[0].storage_offset()
-    for t in tensors:
-        if t.storage_offset() != end or not _share_memory(first, t):
-            return torch.cat(tuple(tensors), dim=1)
-        end += t.shape[1] * t.shape[2]
-    tokens = sum(t.shape[1] for t in tensors)
-    return first if len(tensors) == 1 else first.as_strided((1, tokens, first.shape[2]), first.stride())
+class _Images(NamedTuple):
+    """One layer's image keys, or values, for the rows of a group. All are views; equal rows share them."""
 
+    whole: Tensor | None
+    """``[R, T, C]``, where memory holds it like this (two rows of one picture do); else ``rows`` counts."""
+    rows: tuple[tuple[Tensor, ...], ...]
+    """For each row one or more ``[T, C]``."""
 
-def _views(runs: Sequence[_Run], rows: Callable[[Tensor, Tensor | None], Tensor | None]) -> list[_Views] | None:
-    """Every layer's tokens, ``rows(first run's, second run's)`` for each picture; None where one can't be had."""
-    partners = [(image, None) for image in runs[0].images]
-    if len(runs) == 2:
-        if len(runs[0].images) != len(runs[1].images):
-            return None
-        partners = list(zip(runs[0].images, runs[1].images, strict=True))  # type: ignore[arg-type]
-    views = []
-    for layer in range(len(partners[0][0].keys) if partners else 0):
-        keys = [rows(a.keys[layer], b.keys[layer] if b else None) for a, b in partners]
-        values = [rows(a.values[layer], b.values[layer] if b else None) for a, b in partners]
-        if any(t is None for t in (*keys, *values)):
-            return None
-        views.append(_Views(tuple(keys), tuple(values)))  # type: ignore[arg-type]
-    return views or None
+    @staticmethod
+    def of(by_role: Mapping[int, Sequence[Tensor]], roles: Sequence[int]) -> _Images:
+        """From the ``[1, T, C]`` of each role's pictures."""
+        tensors = [t for role in roles for t in by_role[role]] if len(roles) <= 2 else ()
+        merged = _merged(tensors)
+        if len(merged) == 1:
+            return _Images(merged[0].view(len(roles), -1, merged[0].shape[1]), ())
+        parts = {role: _merged(by_role[role]) for role in set(roles)}
+        return _Images(None, tuple(parts[role] for role in roles))
+
+    def behind(self, text: Tensor) -> Tensor:
+        """``text [R, M, C]`` with each row's image tokens behind it, ``[R, M + T, C]``; one operation on the device.
+
+        Row by row, because whole pieces of memory are copied several times faster than views expanded to a batch.
+        """
+        if self.whole is not None:
+            return torch.cat((text, self.whole), dim=1)
+        parts: list[Tensor] = []
+        for row, images in zip(text.unbind(), self.rows, strict=True):
+            parts.append(row)
+            parts += images
+        return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
+
+    def alone(self) -> Tensor:
+        """``[R, T, C]``."""
+        if self.whole is not None:
+            return self.whole
+        parts = [image for images in self.rows for image in images]
+        return torch.cat(parts).view(len(self.rows), -1, parts[0].shape[1])
 
 
 @dataclass(frozen=True)
@@ -116,11 +139,8 @@ class _Group:
     """Where they stand in the batch; None: they are the whole batch."""
     text_tokens: int | None
     """The text tokens to attend to, where the host has more that repeat them; None: all."""
-    runs: tuple[_Run, ...]
-    fold: int
-    """Rows of each run where there are two equal ones, with views ``[2, fold, T, C]``; 1: views are ``[R, T, C]``."""
-    views: list[_Views] | None
-    """None where the rows need their own arrangement: more runs, or image tokens from different places."""
+    layers: tuple[tuple[_Images, _Images], ...]
+    """Keys and values of each layer; empty where these rows get no image tokens."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
@@ -128,88 +148,61 @@ class _Group:
 
     def keys(self, layer: int, text: Tensor) -> Tensor:
         """Text keys of these rows, ``[R, M, C]``, with each row's image keys behind them."""
-        if self.views is not None:
-            return self._behind(text, self.views[layer].keys)
-        return self._run_by_run(text, [[image.keys[layer] for image in run.images] for run in self.runs])
+        text = self.real(text)
+        return self.layers[layer][0].behind(text) if self.layers else text
 
     def values(self, layer: int, text: Tensor) -> Tensor:
         """The same for values."""
-        if self.views is not None:
-            return self._behind(text, self.views[layer].values)
-        return self._run_by_run(text, [[image.values[layer] for image in run.images] for run in self.runs])
+        text = self.real(text)
+        return self.layers[layer][1].behind(text) if self.layers else text
+
+    def real(self, text: Tensor) -> Tensor:
+        """``text`` without repeats."""
+        return text if self.text_tokens is None else text[:, : self.text_tokens]
 
     def image_only(self, layer: int) -> tuple[Tensor, Tensor]:
         """Each row's image keys and values alone, ``[R, T, C]``."""
-        keys = [_row([i.keys[layer] for i in run.images]).expand(run.last - run.first, -1, -1) for run in self.runs]
-        values = [_row([i.values[layer] for i in run.images]).expand(run.last - run.first, -1, -1) for run in self.runs]
-        return torch.cat(keys), torch.cat(values)
-
-    def _behind(self, text: Tensor, images: tuple[Tensor, ...]) -> Tensor:
-        if self.text_tokens is not None:
-            text = text[:, : self.text_tokens]
-        if self.fold == 1:
-            return torch.cat((text, *images), dim=1)
-        return torch.cat((text.view(2, self.fold, *text.shape[1:]), *images), dim=2).flatten(0, 1)
-
-    def _run_by_run(self, text: Tensor, images: list[list[Tensor]]) -> Tensor:
-        if self.text_tokens is not None:
-            text = text[:, : self.text_tokens]
-        parts = []
-        for run, tokens in zip(self.runs, images, strict=True):
-            rows = run.last - run.first
-            parts.append(torch.cat((text[run.first : run.last], *(t.expand(rows, -1, -1) for t in tokens)), dim=1))
-        return torch.cat(parts)
+        keys, values = self.layers[layer]
+        return keys.alone(), values.alone()
 
 
-def _group(
+def _groups(
     roles: Sequence[int],
     text_tokens: Mapping[int, int | None],
     images: Mapping[int, tuple[ImageKV, ...]],
     device: torch.device,
 ) -> list[_Group]:
-    """The rows whose role is in ``text_tokens``, grouped by their numbers of text and image tokens."""
-    kinds = {role: (count, sum(image.tokens for image in images.get(role, ()))) for role, count in text_tokens.items()}
+    """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
+    kinds = {role: (text_tokens[role], sum(image.tokens for image in images.get(role, ()))) for role in set(roles)}
     groups = []
-    for kind in dict.fromkeys(kinds[role] for role in roles if role in kinds):
-        rows = [row for row, role in enumerate(roles) if kinds.get(role) == kind]
-        runs, first = [], 0
-        for role, members in groupby(roles[row] for row in rows):
-            last = first + sum(1 for _ in members)
-            runs.append(_Run(first, last, images.get(role, ())))
-            first = last
-        index: slice | Tensor | None = None
-        if len(rows) < len(roles):
-            together = rows[-1] - rows[0] + 1 == len(rows)
-            index = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=device)
-        fold, views = 1, None
-        if len(runs) == 1:
-            views = _views(runs, lambda t, _, n=first: t.expand(n, -1, -1))  # type: ignore[misc]
-        elif len(runs) == 2 and 2 * runs[0].last == first:
-            fold = runs[0].last
-            views = _views(runs, lambda a, b, n=fold: _folded(a, b, n))  # type: ignore[misc]
-        groups.append(_Group(index, kind[0], tuple(runs), fold, views))
+    for kind in dict.fromkeys(kinds[role] for role in roles):
+        rows = [row for row, role in enumerate(roles) if kinds[role] == kind]
+        of_rows = [roles[row] for row in rows]
+        given = {role: images.get(role, ()) for role in set(of_rows)}
+        count = max((len(image.keys) for each in given.values() for image in each), default=0)
+        layers = tuple(
+            (
+                _Images.of({role: [image.keys[n] for image in each] for role, each in given.items()}, of_rows),
+                _Images.of({role: [image.values[n] for image in each] for role, each in given.items()}, of_rows),
+            )
+            for n in range(count)
+        )
+        groups.append(_Group(_index(rows, len(roles), device), kind[0], layers))
     return groups
-
-
-def _folded(first: Tensor, second: Tensor | None, rows: int) -> Tensor | None:
-    pair = None if second is None else _pair(first, second)
-    if pair is None or rows == 1:
-        return pair
-    return pair.unsqueeze(1).expand(-1, rows, -1, -1)
 
 
 @dataclass(frozen=True)
 class _Addition:
-    """An attention of its own for rows of one unit: ``[rows of K, T, C]`` and the rows of the batch it serves."""
+    """An attention of its own for rows of one unit: the rows of the batch it serves, and their image tokens."""
 
     index: slice | Tensor | None
-    views: list[_Views]
-    """One tensor each, ``[1 or 2, T, C]``: the batch's rows are folded into as many, their queries side by side."""
+    images: ImageKV
+    """``[1 or 2, T, C]`` each: the batch's rows are folded into as many, their queries side by side."""
 
     def attend(self, layer: int, q: Tensor, heads: int) -> Tensor:
         """What is added to these rows, ``[R, N, C]``."""
         rows = q if self.index is None else q[self.index]
-        (keys,), (values,) = self.views[layer]
+        keys, values = self.images.keys[layer], self.images.values[layer]
         folded = rows.reshape(keys.shape[0], -1, rows.shape[-1])
         return scaled_dot_product(folded, keys, values, heads).view(rows.shape)
 
@@ -221,30 +214,22 @@ def _additions(
     distinct = {role: tuple({id(i): i for i in given}.values()) for role, given in images.items() if given}
     whole = {
         role: ImageKV(
-            tuple(_row(layer) for layer in zip(*(i.keys for i in given), strict=True)),
-            tuple(_row(layer) for layer in zip(*(i.values for i in given), strict=True)),
+            tuple(_row(layer) for layer in zip(*(i.keys for i in distinct[role]), strict=True)),
+            tuple(_row(layer) for layer in zip(*(i.values for i in distinct[role]), strict=True)),
         )
-        for role, given in distinct.items()
+        for role in dict.fromkeys(roles)
+        if role in distinct
     }
-    groups = _group(roles, dict.fromkeys(whole), {role: (image,) for role, image in whole.items()}, device)
-    additions = []
-    for group in groups:
-        pairs = _views(group.runs, _pair_or_one) if len(group.runs) == 1 or group.views is not None else None
-        if pairs is not None:
-            additions.append(_Addition(group.index, pairs))
-            continue
-        for role, image in whole.items():
-            rows = [row for row, each in enumerate(roles) if each == role]
-            if rows:
-                index = torch.tensor(rows, device=device)
-                one = [_Views((k,), (v,)) for k, v in zip(image.keys, image.values, strict=True)]
-                additions.append(_Addition(index, one))
-        break
-    return additions
-
-
-def _pair_or_one(first: Tensor, second: Tensor | None) -> Tensor | None:
-    return first if second is None else _pair(first, second)
+    rows = {role: [row for row, each in enumerate(roles) if each == role] for role in whole}
+    if len(whole) == 2:
+        (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
+        if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
+            keys = [_pair(a, b) for a, b in zip(first.keys, second.keys, strict=True)]
+            values = [_pair(a, b) for a, b in zip(first.values, second.values, strict=True)]
+            if not any(t is None for t in (*keys, *values)):
+                both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
+                return [_Addition(None if index == slice(0, len(roles)) else index, both)]
+    return [_Addition(_index(rows[role], len(roles), device), image) for role, image in whole.items()]
 
 
 @dataclass(frozen=True)
@@ -279,10 +264,11 @@ class Plan:
         elif self.uniform:
             out = base(q, self.joined[0].keys(layer, k), self.joined[0].values(layer, v), heads)
         elif replaced is None:
-            out = torch.empty_like(q)
-            for group in self.joined:
-                keys, values = group.keys(layer, group.pick(k)), group.values(layer, group.pick(v))
-                out[group.index] = attention(group.pick(q), keys, values, heads)
+            parts = [
+                attention(group.pick(q), group.keys(layer, group.pick(k)), group.values(layer, group.pick(v)), heads)
+                for group in self.joined
+            ]
+            out = self._together(parts)
         else:
             raise IPAdapterError(
                 "Something else replaces this cross-attention layer (another extension, or an earlier patch_model) "
@@ -295,6 +281,15 @@ class Plan:
     def uniform(self) -> bool:
         """All rows get equally many tokens, so that text and image tokens can stand in one tensor."""
         return len(self.joined) == 1
+
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        """The groups' rows as a batch."""
+        if all(isinstance(group.index, slice) for group in self.joined):
+            return torch.cat(tuple(parts))  # they are in order
+        out = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        for group, part in zip(self.joined, parts, strict=True):
+            out[group.index] = part
+        return out
 
     def add(self, layer: int, q: Tensor, out: Tensor, heads: int) -> Tensor:
         """``out``, the layer's output before ``to_out``, with what the decoupled units add."""
@@ -311,11 +306,11 @@ class Plan:
         text's logits are computed a second time.
         """
         for group in self.joined:
-            if not any(run.images for run in group.runs):
+            if not group.layers:
                 continue
             rows, keys_values = group.pick(out), group.image_only(layer)
             image = scaled_dot_product(group.pick(q), *keys_values, heads)
-            text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
+            text_lse = _log_sum_exp(group.pick(q), group.real(group.pick(k)), heads)
             share = torch.sigmoid(_log_sum_exp(group.pick(q), keys_values[0], heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
@@ -353,7 +348,7 @@ def make_plan(
     """
     joined: list[_Group] = []
     if any(joint.get(role) for role in call.roles):
-        joined = _group(call.roles, _real_text_tokens(call, text_tokens), joint, device)
+        joined = _groups(call.roles, _real_text_tokens(call, text_tokens), joint, device)
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
     return Plan(tuple(joined), tuple(additions))
 
