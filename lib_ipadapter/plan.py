@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import IPAdapterError
+from .packing import merged, pair, row
 from .rows import Call
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -49,40 +50,6 @@ class ImageKV:
         return int(self.keys[0].shape[1])
 
 
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    # The storage itself, since tensors made in inference mode don't know what they are views of.
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
-
-
-def _merged(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Several ``[1, T, C]`` as few ``[T', C]``, in their order: what lies side by side in memory is one view."""
-    found: list[tuple[Tensor, int]] = []
-    end = -1
-    for t in tensors:
-        tokens = t.shape[1]
-        if t.storage_offset() == end and _share_memory(found[-1][0], t):
-            found[-1] = (found[-1][0], found[-1][1] + tokens)
-        else:
-            found.append((t, tokens))
-        end = t.storage_offset() + tokens * t.shape[2]
-    return tuple(t.as_strided((tokens, t.shape[2]), t.stride()[1:]) for t, tokens in found)
-
-
-def _row(tensors: Sequence[Tensor]) -> Tensor:
-    """Several ``[1, T, C]`` as one ``[1, sum of T, C]``: a view where they lie side by side, else a copy."""
-    merged = _merged(tensors)
-    return (merged[0] if len(merged) == 1 else torch.cat(merged)).unsqueeze(0)
-
-
-def _pair(first: Tensor, second: Tensor) -> Tensor | None:
-    """Two ``[1, T, C]`` as one view ``[2, T, C]``, if they lie in this order in one piece of memory."""
-    distance = second.storage_offset() - first.storage_offset()
-    same = first.shape == second.shape and first.stride()[1:] == second.stride()[1:]
-    if not same or distance < 0 or not _share_memory(first, second):
-        return None
-    return first.as_strided((2, *first.shape[1:]), (distance, *first.stride()[1:]))
-
-
 def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Tensor | None:
     """How to pick ``rows`` of a batch of ``total``; None: they are all of it."""
     if list(rows) == list(range(total)):
@@ -104,10 +71,10 @@ class _Images(NamedTuple):
     def of(by_role: Mapping[int, Sequence[Tensor]], roles: Sequence[int]) -> _Images:
         """From the ``[1, T, C]`` of each role's pictures."""
         tensors = [t for role in roles for t in by_role[role]] if len(roles) <= 2 else ()
-        merged = _merged(tensors)
-        if len(merged) == 1:
-            return _Images(merged[0].view(len(roles), -1, merged[0].shape[1]), ())
-        parts = {role: _merged(by_role[role]) for role in set(roles)}
+        views = merged(tensors)
+        if len(views) == 1:
+            return _Images(views[0].view(len(roles), -1, views[0].shape[1]), ())
+        parts = {role: merged(by_role[role]) for role in set(roles)}
         return _Images(None, tuple(parts[role] for role in roles))
 
     def behind(self, text: Tensor) -> Tensor:
@@ -118,8 +85,8 @@ class _Images(NamedTuple):
         if self.whole is not None:
             return torch.cat((text, self.whole), dim=1)
         parts: list[Tensor] = []
-        for row, images in zip(text.unbind(), self.rows, strict=True):
-            parts.append(row)
+        for of_row, images in zip(text.unbind(), self.rows, strict=True):
+            parts.append(of_row)
             parts += images
         return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
 
@@ -214,8 +181,8 @@ def _additions(
     distinct = {role: tuple({id(i): i for i in given}.values()) for role, given in images.items() if given}
     whole = {
         role: ImageKV(
-            tuple(_row(layer) for layer in zip(*(i.keys for i in distinct[role]), strict=True)),
-            tuple(_row(layer) for layer in zip(*(i.values for i in distinct[role]), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.keys for i in distinct[role]), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.values for i in distinct[role]), strict=True)),
         )
         for role in dict.fromkeys(roles)
         if role in distinct
@@ -224,8 +191,8 @@ def _additions(
     if len(whole) == 2:
         (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
         if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
-            keys = [_pair(a, b) for a, b in zip(first.keys, second.keys, strict=True)]
-            values = [_pair(a, b) for a, b in zip(first.values, second.values, strict=True)]
+            keys = [pair(a, b) for a, b in zip(first.keys, second.keys, strict=True)]
+            values = [pair(a, b) for a, b in zip(first.values, second.values, strict=True)]
             if not any(t is None for t in (*keys, *values)):
                 both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
                 return [_Addition(None if index == slice(0, len(roles)) else index, both)]

@@ -30,6 +30,7 @@ from .formulations import Formulation, resolve_formulation
 from .hosts.base import UNetInfo
 from .injection import Term
 from .library import Library
+from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
@@ -80,11 +81,11 @@ class PreparedUnit:
         """When it acts."""
         return Window(self.unit.start, self.unit.stop)
 
-    def term(self, info: UNetInfo) -> Term | None:
+    def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
         prompts = {COND: self.conds, UNCOND: self.unconds}
-        return Term.weighed(self.formulation, self.window, prompts, self.unit.weight, max(info.widths))
+        return Term(self.formulation, self.window, prompts, self.unit.weight, max(info.widths))
 
     def infotext(self) -> str:
         """Every setting that says how the unit acted, ``auto`` resolved."""
@@ -198,7 +199,7 @@ class _Job:
 
 def _in_host_memory(pairs: list[Tensor]) -> ImageKV:
     # What is kept between jobs must not take room on the device.
-    return ImageKV.from_pairs([t.cpu() for t in pairs])
+    return ImageKV(tuple(in_host_memory(pairs[::2])), tuple(in_host_memory(pairs[1::2])))
 
 
 def file_identity(path: Path) -> FileIdentity:

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -22,7 +22,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for axis, (name, case) in zip(axes[0], cases.items(), strict=False):
         rows = {key: row["percent"] for key, row in case["variants"].items() if row["over"] != key}
         medians = [row["median"] for row in rows.values()]
-        errors = [[row["median"] - row["low"] for row in rows.values()], [r["high"] - r["median"] for r in rows.values()]]
+        errors = [
+            [row["median"] - row["low"] for row in rows.values()],
+            [r["high"] - r["median"] for r in rows.values()],
+        ]
         axis.barh(list(rows), medians, xerr=errors, capsize=2)
         axis.invert_yaxis()
         axis.set_title(name)

@@ -16,6 +16,7 @@ from lib_ipadapter.hosts.base import UNetInfo
 from lib_ipadapter.hosts.comfy import ComfyHost
 from lib_ipadapter.hosts.compute import on_device
 from lib_ipadapter.injection import Injection, Term
+from lib_ipadapter.packing import in_host_memory
 from lib_ipadapter.plan import Attention, ImageKV
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND
@@ -152,7 +153,7 @@ class Variants:
         name: str,
         pictures: int = 1,
         formulation: Formulation = JOINT,
-        window: Window = Window(),
+        window: Window = Window(),  # noqa: B008
         unequal: bool = False,
     ) -> None:
         """Ours, attached as a Forge does; ``unequal``: prompts of 154 and 77 tokens."""
@@ -161,8 +162,7 @@ class Variants:
 
         def make() -> Variant:
             prompts = {COND: tuple(images[1:]), UNCOND: (images[0],) * pictures}
-            term = Term.weighed(formulation, window, prompts, WEIGHT, max(self.info.widths))
-            assert term is not None
+            term = Term(formulation, window, prompts, WEIGHT, max(self.info.widths))
             host = BenchHost(self.sampling.device, self.sampling.dtype)
             p = job(self.sampling.unet)
             injection = Injection([term], len(self.info.keys), host.first_role)
@@ -185,7 +185,8 @@ class Variants:
     def _image(self) -> ImageKV:
         """Random K and V in host memory, where the preparation leaves them."""
         tokens, dtype = self.sampling.family.tokens, self.sampling.dtype
-        return ImageKV(*(tuple(torch.randn(1, tokens, w).to(dtype) for w in self.info.widths) for _ in "kv"))
+        kinds = ([torch.randn(1, tokens, width).to(dtype) for width in self.info.widths] for _ in "kv")
+        return ImageKV(*(tuple(in_host_memory(kind)) for kind in kinds))
 
     # Peers
 
