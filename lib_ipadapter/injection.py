@@ -132,6 +132,7 @@ class Injection:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Brings K/V, weighed, where the UNet computes. Called once, before sampling or in its first call."""
+        device = torch.empty(0, device=device).device  # "cuda" is some host's name for what tensors call "cuda:0"
         if self._place != (device, dtype):
             self.terms = tuple(term.on(device, dtype, self._first) for term in self.terms)
             self._place = (device, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
+from .launches import launches
 from .plot import draw
 from .preparation import measure_preparation
 from .timing import LEAST_ROUNDS, Times, measure, over, points
@@ -37,7 +39,7 @@ class Case:
 
 GPU_CASES: Mapping[str, Case] = {
     "sdxl-b1": Case("sdxl", 1, (1, 2, 4, 8, 16), True, 41, 4, 110),
-    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 41, 2, 150),
+    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 41, 2, 240),
     "sdxl-b2": Case("sdxl", 2, (1, 4, 16), False, 21, 3, 50),
     "sdxl-b8": Case("sdxl", 8, (1, 4, 16), False, 15, 2, 80),
     "sd15-b1": Case("sd15", 1, (1, 2, 4, 8, 16), True, 41, 8, 70),
@@ -85,6 +87,11 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
     made = make_variants(sampling, case.pictures, case.peers)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = measure(made.variants, case.rounds, case.steps, synchronize, case.seconds)
+    asked = {}
+    if device.type == "cuda":
+        for name, variant in made.variants.items():
+            with variant.around():
+                asked[name] = launches(variant.step)
     made.close()
     rows = {}
     for name, variant in made.variants.items():
@@ -97,8 +104,17 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
             row["held bytes"] = made.held[name]
         if name in made.expected:
             row["K/V bytes"] = made.expected[name]
+        if name in asked:
+            row["a step on the device"] = asked[name]
         rows[name] = row
-    return {**asdict(case), "variants": rows, "targets": _judged(case, rows, times), "ms per step": times}
+    finite = bool(torch.isfinite(made.variants["no adapter"].step()).all())
+    return {
+        **asdict(case),
+        "finite": finite,
+        "variants": rows,
+        "targets": _judged(case, rows, times),
+        "ms per step": times,
+    }
 
 
 def _judged(case: Case, rows: Mapping[str, Any], times: Times) -> list[dict[str, Any]]:
@@ -117,13 +133,16 @@ def _judged(case: Case, rows: Mapping[str, Any], times: Times) -> list[dict[str,
 
 def show(name: str, result: Mapping[str, Any]) -> None:
     """Prints a case's table."""
-    print(f"\n{name}\n{'variant':36}{'ms/step':>9}  {'over its baseline, % [95 %]':32}{'above plain':>24}  held MB")
+    heads = f"{'variant':36}{'ms/step':>9}  {'over its baseline, % [95 %]':32}{'above plain':>24}"
+    print(f"\n{name}\n{heads}  {'kernels':>8}{'waits':>6}  held MB")
     for variant, row in result["variants"].items():
         cells = [_cell(row["percent"]), _cell(row["above plain"]) if "above plain" in row else ""]
+        asked = row.get("a step on the device", {})
+        cells.append(f"{asked['kernels']:8}{asked['waits']:6}" if asked else " " * 14)
         held = f"{row['held bytes'] / 1e6:8.1f}" if row.get("held bytes") else ""
         if "K/V bytes" in row and held:
             held += f" (K/V {row['K/V bytes'] / 1e6:.1f})"
-        print(f"{variant:36}{row['ms']:9.2f}  {cells[0]:32}{cells[1]:>24}  {held}")
+        print(f"{variant:36}{row['ms']:9.2f}  {cells[0]:32}{cells[1]:>24}  {cells[2]}  {held}", flush=True)
     for target in result["targets"]:
         above = f" above {target['above']}" if target["above"] else ""
         word = "met" if target["met"] else "NOT met"
@@ -145,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     cases = SMALL_CASES if given.small else GPU_CASES if given.gpu else CPU_CASES
     chosen = given.cases.split(",") if given.cases else [*cases, PREPARATION]
-    device = torch.device("cuda" if given.gpu else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if given.gpu else torch.device("cpu")
     given.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if given.gpu else platform.processor() or platform.machine(),
@@ -164,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 case = Case(**{**asdict(case), "rounds": given.rounds})
             results["cases"][name] = run_case(case, device)
             show(name, results["cases"][name])
+        gc.collect()
+        if given.gpu:
+            torch.cuda.empty_cache()
         # Written after each, so that nothing measured is lost.
         (given.out / "bench.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw(results, given.out / "bench.png")

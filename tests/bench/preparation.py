@@ -96,7 +96,7 @@ def measure_preparation(device: torch.device, small: bool, out: Path) -> dict[st
             results[name] = {
                 **spans,
                 "decoding": decoding,
-                "without decoding": total - decoding,
+                "without decoding": total - decoding if host.runs else total,
                 "runs of modules": host.runs,
                 "files opened": opened,
             }

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 LEAST_ROUNDS = 9
 RESAMPLES = 4000
@@ -19,7 +20,7 @@ RESAMPLES = 4000
 class Variant:
     """Something that can be run step by step."""
 
-    step: Callable[[], object]
+    step: Callable[[], Tensor]
     baseline: str = "no adapter"
     """The variant that its ratio is taken to."""
     few: bool = False

@@ -80,7 +80,6 @@ class Variants:
 
     Args:
         sampling: where they run.
-        held: told the bytes of device memory that each holds, by name; empty on the CPU.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -88,10 +87,12 @@ class Variants:
         host = BenchHost(sampling.device, sampling.dtype)
         self.info = host.unet_info(job(sampling.unet))
         self.held: dict[str, int] = {}
+        """Bytes of device memory that each keeps while it is in use; 0 on the CPU."""
         self.expected: dict[str, int] = {}
         """Bytes of K/V of each distinct picture and of uncond, once, for ours."""
         self.variants: dict[str, Variant] = {}
         self._text = sampling.text()
+        sampling.step(sampling.unet, self._text)  # what libraries set aside at first use is no variant's
         self._stack = ExitStack()
         self.variants["no adapter"] = self._plain(self._text)
         self.variants["no adapter, again"] = self._plain(self._text)
