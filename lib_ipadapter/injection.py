@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .errors import IPAdapterError
 from .formulations import Formulation
-from .packing import by_width, stacked
+from .packing import as_one, by_width
 from .plan import ImageKV, Plan, make_plan
 from .progress import Window
-from .rows import COND, UNCOND, Call
+from .rows import UNCOND, Call
 
 Prompts = Mapping[int, tuple[ImageKV, ...]]
 """What the rows of each role (``COND``, ``UNCOND``) get: one entry a picture; an absent role gets no image tokens."""
@@ -64,15 +64,15 @@ class Term:
         keys, values = ([list(getattr(image, kind)) for image in images] for kind in ("keys", "values"))
         for numbers in by_width(images[0].keys).values():
             k, v = (
-                torch.cat([stacked([one[n] for n in numbers]).to(device) for one in kind], dim=1)
+                torch.cat([as_one([one[n][0] for n in numbers]).to(device) for one in kind], dim=1)
                 for kind in (keys, values)
             )
             if self.weight is not None:
                 k, v = self._weighed(k, v, counts)
-            for all_layers, placed in ((k.to(dtype), keys), (v.to(dtype), values)):
-                for one, part in zip(placed, torch.split(all_layers.unsqueeze(1), counts, dim=2), strict=True):
-                    for n, tensor in zip(numbers, part.unbind(), strict=True):
-                        one[n] = tensor
+            both = torch.stack((k, v), dim=1).to(dtype)  # [layers, 2, tokens of all pictures, C]
+            for image, part in enumerate(torch.split(both.unsqueeze(2), counts, dim=3)):
+                for n, (key, value) in zip(numbers, part.unbind(), strict=True):
+                    keys[image][n], values[image][n] = key, value
         return [ImageKV(tuple(k), tuple(v)) for k, v in zip(keys, values, strict=True)]
 
     def _weighed(self, k: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -163,19 +163,7 @@ class Injection:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             terms = [term for term, acts in zip(self.terms, active, strict=True) if acts]
-            plan = self._plans[key] = make_plan(_joint(terms), _added(terms), call, text_tokens, device)
+            joint = [term.prompts for term in terms if term.formulation.joins_softmax]
+            added = [term.prompts for term in terms if not term.formulation.joins_softmax]
+            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
         return plan
-
-
-Images = Mapping[int, tuple[ImageKV, ...]]
-
-
-def _joint(terms: Sequence[Term]) -> Images:
-    """The pictures of all units that join the softmax, by role."""
-    joint = [term for term in terms if term.formulation.joins_softmax]
-    return {role: tuple(image for term in joint for image in term.prompts.get(role, ())) for role in (COND, UNCOND)}
-
-
-def _added(terms: Sequence[Term]) -> list[Images]:
-    """The pictures of each unit with an attention of its own, by role."""
-    return [term.prompts for term in terms if not term.formulation.joins_softmax]

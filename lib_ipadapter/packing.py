@@ -1,7 +1,7 @@
-"""Tensors that lie side by side in memory, seen as one.
+"""Tensors that lie evenly spaced in one piece of memory, seen as one.
 
-K/V of a picture are 140 small tensors on SDXL. Kept side by side they move, are weighed and are concatenated as a few
-large ones, and nothing but their places in memory need be known for that.
+K/V of a picture are 140 small tensors on SDXL. Kept together they move, are weighed and are laid out for the rows of a
+batch as a few large ones, and nothing but their places in memory need be known for that.
 """
 
 from __future__ import annotations
@@ -12,47 +12,37 @@ import torch
 from torch import Tensor
 
 
-def share_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether both lie in one piece of memory."""
-    # The storage itself, since tensors made in inference mode don't know what they are views of.
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+def evenly(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Several of one shape as one view with a dimension more; None unless their places are evenly spaced.
+
+    The distance may be zero: one tensor several times.
+    """
+    first, places = tensors[0], [int(t.storage_offset()) for t in tensors]
+    step = places[1] - places[0] if len(places) > 1 else 0
+    if step < 0 or any(place != places[0] + n * step for n, place in enumerate(places)):
+        return None
+    if not all(
+        t.shape == first.shape
+        and t.stride() == first.stride()
+        # The storage itself, since tensors made in inference mode don't know what they are views of.
+        and t.untyped_storage()._cdata == first.untyped_storage()._cdata
+        for t in tensors[1:]
+    ):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
 
 
-def merged(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Several ``[1, T, C]`` as few ``[T', C]``, in their order: what lies side by side is one view."""
-    found: list[tuple[Tensor, int]] = []
-    end = -1
-    for t in tensors:
-        tokens, width = t.shape[1:]
-        place = t.storage_offset()
-        if place == end and share_memory(found[-1][0], t):
-            found[-1] = (found[-1][0], found[-1][1] + tokens)
-        else:
-            found.append((t, tokens))
-        end = int(place) + tokens * width if t.is_contiguous() else -1
-    return tuple(
-        t[0] if tokens == t.shape[1] else t.as_strided((tokens, t.shape[2]), (t.shape[2], 1)) for t, tokens in found
-    )
+def as_one(tensors: Sequence[Tensor]) -> Tensor:
+    """Several of one shape with a dimension more: a view where they are evenly spaced, else a copy."""
+    view = evenly(tensors)
+    return torch.stack(tuple(tensors)) if view is None else view
 
 
 def row(tensors: Sequence[Tensor]) -> Tensor:
     """Several ``[1, T, C]`` as one ``[1, sum of T, C]``: a view where they lie side by side, else a copy."""
-    views = merged(tensors)
-    return (views[0] if len(views) == 1 else torch.cat(views)).unsqueeze(0)
-
-
-def pair(first: Tensor, second: Tensor) -> Tensor | None:
-    """Two ``[1, T, C]`` as one view ``[2, T, C]``, if they lie in this order in one piece of memory."""
-    distance = int(second.storage_offset()) - int(first.storage_offset())
-    same = first.shape == second.shape and first.stride()[1:] == second.stride()[1:]
-    if not same or distance < 0 or not share_memory(first, second):
-        return None
-    return first.as_strided((2, *first.shape[1:]), (distance, *first.stride()[1:]))
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Several ``[1, T, C]`` as ``[number, T, C]``: a view where they lie side by side, else a copy."""
-    return row(tensors).view(len(tensors), *tensors[0].shape[1:])
+    if len({t.shape for t in tensors}) > 1:
+        return torch.cat(tuple(tensors), dim=1)
+    return as_one(tensors).flatten(0, 2).unsqueeze(0)
 
 
 def by_width(tensors: Sequence[Tensor]) -> dict[int, list[int]]:

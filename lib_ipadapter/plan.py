@@ -1,13 +1,14 @@
 """What every layer does in one kind of UNet call.
 
 A plan is made when a kind of call (its rows, its text, its active units) is first seen. It holds every layer's image
-tokens as views for each row of the batch, so that a layer has nothing to do but concatenate and attend.
+tokens as views laid out for the rows of the batch, so that a layer has nothing to do but concatenate and attend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import IPAdapterError
-from .packing import merged, pair, row
+from .packing import as_one, evenly, row
 from .rows import Call
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -50,6 +51,10 @@ class ImageKV:
         return int(self.keys[0].shape[1])
 
 
+Images = Mapping[int, tuple[ImageKV, ...]]
+"""The pictures of one unit, by role."""
+
+
 def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Tensor | None:
     """How to pick ``rows`` of a batch of ``total``; None: they are all of it."""
     if list(rows) == list(range(total)):
@@ -60,42 +65,51 @@ def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Ten
 
 
 class _Images(NamedTuple):
-    """One layer's image keys, or values, for the rows of a group. All are views; equal rows share them."""
+    """One unit's image keys and values in one layer, for the rows of a group: views of what every role has once."""
 
-    whole: Tensor | None
-    """``[R, T, C]``, where memory holds it like this (two rows of one picture do); else ``rows`` counts."""
-    rows: tuple[tuple[Tensor, ...], ...]
-    """For each row one or more ``[T, C]``."""
+    whole: tuple[Tensor, Tensor] | None
+    """``[R, T, C]`` each, where memory holds them like this (two rows of one picture, say); else ``runs`` count."""
+    runs: tuple[Tensor, ...]
+    """Keys and values of neighbouring rows of one role, ``[2, rows, pictures, T x C]``."""
+    width: int
+    """C."""
 
     @staticmethod
-    def of(by_role: Mapping[int, Sequence[Tensor]], roles: Sequence[int]) -> _Images:
-        """From the ``[1, T, C]`` of each role's pictures."""
-        tensors = [t for role in roles for t in by_role[role]] if len(roles) <= 2 else ()
-        views = merged(tensors)
-        if len(views) == 1:
-            return _Images(views[0].view(len(roles), -1, views[0].shape[1]), ())
-        parts = {role: merged(by_role[role]) for role in set(roles)}
-        return _Images(None, tuple(parts[role] for role in roles))
+    def of(images: Images, roles: Sequence[int], layer: int) -> _Images:
+        """For rows of these roles."""
+        by_role = {
+            role: as_one(
+                [
+                    as_one([image.keys[layer][0] for image in images[role]]),
+                    as_one([image.values[layer][0] for image in images[role]]),
+                ]
+            )
+            for role in set(roles)
+        }  # [2, pictures, T, C]
+        rows = evenly([by_role[role] for role in roles])
+        if rows is not None and rows[:, 0].is_contiguous():
+            keys, values = rows.unbind(1)
+            return _Images((keys.flatten(1, 2), values.flatten(1, 2)), (), keys.shape[-1])
+        runs = tuple(
+            by_role[role].flatten(2).unsqueeze(1).expand(-1, len(list(members)), -1, -1)
+            for role, members in groupby(roles)
+        )
+        return _Images(None, runs, by_role[roles[0]].shape[-1])
 
-    def behind(self, text: Tensor) -> Tensor:
-        """``text [R, M, C]`` with each row's image tokens behind it, ``[R, M + T, C]``; one operation on the device.
-
-        Row by row, because whole pieces of memory are copied several times faster than views expanded to a batch.
-        """
-        if self.whole is not None:
-            return torch.cat((text, self.whole), dim=1)
-        parts: list[Tensor] = []
-        for of_row, images in zip(text.unbind(), self.rows, strict=True):
-            parts.append(of_row)
-            parts += images
-        return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
-
-    def alone(self) -> Tensor:
-        """``[R, T, C]``."""
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, T, C]``, by one operation on the device at most, whatever the rows and pictures."""
         if self.whole is not None:
             return self.whole
-        parts = [image for images in self.rows for image in images]
-        return torch.cat(parts).view(len(self.rows), -1, parts[0].shape[1])
+        together = torch.cat(self.runs, dim=1)
+        keys, values = together.view(2, together.shape[1], -1, self.width).unbind()
+        return keys, values
+
+    def one(self, kind: int) -> Tensor:
+        """Keys (0) or values (1) alone."""
+        if self.whole is not None:
+            return self.whole[kind]
+        together = torch.cat([run[kind] for run in self.runs])
+        return together.view(together.shape[0], -1, self.width)
 
 
 @dataclass(frozen=True)
@@ -106,55 +120,69 @@ class _Group:
     """Where they stand in the batch; None: they are the whole batch."""
     text_tokens: int | None
     """The text tokens to attend to, where the host has more that repeat them; None: all."""
-    layers: tuple[tuple[_Images, _Images], ...]
-    """Keys and values of each layer; empty where these rows get no image tokens."""
+    layers: tuple[tuple[_Images, ...], ...]
+    """Each unit's image tokens in each layer; empty where these rows get none."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
         return t if self.index is None else t[self.index]
 
-    def keys(self, layer: int, text: Tensor) -> Tensor:
-        """Text keys of these rows, ``[R, M, C]``, with each row's image keys behind them."""
-        text = self.real(text)
-        return self.layers[layer][0].behind(text) if self.layers else text
-
-    def values(self, layer: int, text: Tensor) -> Tensor:
-        """The same for values."""
-        text = self.real(text)
-        return self.layers[layer][1].behind(text) if self.layers else text
-
     def real(self, text: Tensor) -> Tensor:
         """``text`` without repeats."""
         return text if self.text_tokens is None else text[:, : self.text_tokens]
 
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Text keys and values of these rows, ``[R, M, C]``, with each row's image tokens behind them.
+
+        The image tokens are laid out for the rows first, since the device concatenates whole pieces of memory several
+        times faster than views expanded to a batch.
+        """
+        if self.text_tokens is not None:
+            k, v = self.real(k), self.real(v)
+        if not self.layers:
+            return k, v
+        keys, values = [k], [v]
+        for unit in self.layers[layer]:
+            image_keys, image_values = unit.both()
+            keys.append(image_keys)
+            values.append(image_values)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def extend_one(self, layer: int, text: Tensor, kind: int) -> Tensor:
+        """The same for keys (0) or values (1) alone."""
+        text = self.real(text)
+        return torch.cat((text, *[each.one(kind) for each in self.layers[layer]]), dim=1) if self.layers else text
+
     def image_only(self, layer: int) -> tuple[Tensor, Tensor]:
         """Each row's image keys and values alone, ``[R, T, C]``."""
-        keys, values = self.layers[layer]
-        return keys.alone(), values.alone()
+        keys, values = zip(*(each.both() for each in self.layers[layer]), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+def _alike(unit: Images) -> list[Images]:
+    """A unit itself where its pictures have equally many tokens, as those of one adapter do; else each for itself."""
+    if all(len({image.tokens for image in images}) <= 1 for images in unit.values()):
+        return [unit]
+    return [{role: images[n : n + 1] for role, images in unit.items()} for n in range(max(map(len, unit.values())))]
 
 
 def _groups(
-    roles: Sequence[int],
-    text_tokens: Mapping[int, int | None],
-    images: Mapping[int, tuple[ImageKV, ...]],
-    device: torch.device,
+    roles: Sequence[int], text_tokens: Mapping[int, int | None], units: Sequence[Images], device: torch.device
 ) -> list[_Group]:
     """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
-    kinds = {role: (text_tokens[role], sum(image.tokens for image in images.get(role, ()))) for role in set(roles)}
+
+    def tokens(role: int) -> tuple[int, ...]:
+        return tuple(sum(image.tokens for image in unit.get(role, ())) for unit in units)
+
+    kinds = {role: (text_tokens[role], tokens(role)) for role in set(roles)}
     groups = []
     for kind in dict.fromkeys(kinds[role] for role in roles):
         rows = [row for row, role in enumerate(roles) if kinds[role] == kind]
         of_rows = [roles[row] for row in rows]
-        given = {role: images.get(role, ()) for role in set(of_rows)}
-        count = max((len(image.keys) for each in given.values() for image in each), default=0)
-        layers = tuple(
-            (
-                _Images.of({role: [image.keys[n] for image in each] for role, each in given.items()}, of_rows),
-                _Images.of({role: [image.values[n] for image in each] for role, each in given.items()}, of_rows),
-            )
-            for n in range(count)
-        )
-        groups.append(_Group(_index(rows, len(roles), device), kind[0], layers))
+        acting = [unit for unit, count in zip(units, kind[1], strict=True) if count]
+        layers = len(acting[0][of_rows[0]][0].keys) if acting else 0
+        images = tuple(tuple(_Images.of(unit, of_rows, layer) for unit in acting) for layer in range(layers))
+        groups.append(_Group(_index(rows, len(roles), device), kind[0], images))
     return groups
 
 
@@ -174,25 +202,23 @@ class _Addition:
         return scaled_dot_product(folded, keys, values, heads).view(rows.shape)
 
 
-def _additions(
-    roles: Sequence[int], images: Mapping[int, tuple[ImageKV, ...]], device: torch.device
-) -> list[_Addition]:
+def _additions(roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
     # To attend to copies of the same tokens is to attend to them once: the one uncond of several pictures counts once.
-    distinct = {role: tuple({id(i): i for i in given}.values()) for role, given in images.items() if given}
+    distinct = {role: list({id(i): i for i in images.get(role, ())}.values()) for role in dict.fromkeys(roles)}
     whole = {
         role: ImageKV(
-            tuple(row(layer) for layer in zip(*(i.keys for i in distinct[role]), strict=True)),
-            tuple(row(layer) for layer in zip(*(i.values for i in distinct[role]), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.keys for i in given), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.values for i in given), strict=True)),
         )
-        for role in dict.fromkeys(roles)
-        if role in distinct
+        for role, given in distinct.items()
+        if given
     }
     rows = {role: [row for row, each in enumerate(roles) if each == role] for role in whole}
     if len(whole) == 2:
         (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
         if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
-            keys = [pair(a, b) for a, b in zip(first.keys, second.keys, strict=True)]
-            values = [pair(a, b) for a, b in zip(first.values, second.values, strict=True)]
+            keys = [evenly((a[0], b[0])) for a, b in zip(first.keys, second.keys, strict=True)]
+            values = [evenly((a[0], b[0])) for a, b in zip(first.values, second.values, strict=True)]
             if not any(t is None for t in (*keys, *values)):
                 both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
                 return [_Addition(None if index == slice(0, len(roles)) else index, both)]
@@ -229,10 +255,10 @@ class Plan:
         if not self.joined:
             out = base(q, k, v, heads)
         elif self.uniform:
-            out = base(q, self.joined[0].keys(layer, k), self.joined[0].values(layer, v), heads)
+            out = base(q, *self.joined[0].extend(layer, k, v), heads)
         elif replaced is None:
             parts = [
-                attention(group.pick(q), group.keys(layer, group.pick(k)), group.values(layer, group.pick(v)), heads)
+                attention(group.pick(q), *group.extend(layer, group.pick(k), group.pick(v)), heads)
                 for group in self.joined
             ]
             out = self._together(parts)
@@ -298,8 +324,8 @@ def _log_sum_exp(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def make_plan(
-    joint: Mapping[int, tuple[ImageKV, ...]],
-    added: Sequence[Mapping[int, tuple[ImageKV, ...]]],
+    joint: Sequence[Images],
+    added: Sequence[Images],
     call: Call,
     text_tokens: int,
     device: torch.device,
@@ -307,15 +333,16 @@ def make_plan(
     """The plan for one kind of call.
 
     Args:
-        joint: the pictures that join the softmax, by role.
-        added: the pictures of each unit with an attention of its own, by role.
+        joint: the units whose pictures join the softmax.
+        added: the units with an attention of their own.
         call: the rows.
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
     """
     joined: list[_Group] = []
-    if any(joint.get(role) for role in call.roles):
-        joined = _groups(call.roles, _real_text_tokens(call, text_tokens), joint, device)
+    if any(unit.get(role) for unit in joint for role in call.roles):
+        units = [each for unit in joint for each in _alike(unit)]
+        joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device)
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
     return Plan(tuple(joined), tuple(additions))
 

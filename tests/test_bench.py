@@ -50,4 +50,5 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["preparation"]["second"]["files opened"] == 0
     assert results["preparation"]["four new pictures"]["runs of modules"] == 2  # the encoder once, the adapter once
     assert (tmp_path / "bench.png").stat().st_size
+    assert "| joint, 4 |" in (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "small-sd15-b2" in capsys.readouterr().out

@@ -274,4 +274,4 @@ def test_the_first_call_moves_all_layers_of_one_width_together(forbidden_calls: 
     forbidden_calls.clear()
     meta_unet_call(model, "sd15", [1, 0], 1)
     # of each width, K and V of both roles to the device; what is weighed there keeps its type, then takes the UNet's
-    assert forbidden_calls == ["to"] * 3 * (4 + 2 + 2)
+    assert forbidden_calls == ["to"] * 3 * (4 + 2 + 1)

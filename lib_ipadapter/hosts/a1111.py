@@ -188,11 +188,11 @@ class _Hooks:
             plan = self._current(k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
-            return plan.joined[0].keys(layer, k) if plan.joined and plan.uniform else None
+            return plan.joined[0].extend_one(layer, k, 0) if plan.joined and plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
             plan = self._current(v)
-            return plan.joined[0].values(layer, v) if plan.joined and plan.uniform else None
+            return plan.joined[0].extend_one(layer, v, 1) if plan.joined and plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             q, plan = self._q.pop(layer), self._plan

@@ -17,6 +17,7 @@ import torch
 from .launches import launches
 from .plot import draw
 from .preparation import measure_preparation
+from .tables import markdown
 from .timing import LEAST_ROUNDS, Times, measure, over, points
 from .unets import FAMILIES, Sampling, make_unet
 from .variants import make_variants
@@ -188,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.cuda.empty_cache()
         # Written after each, so that nothing measured is lost.
         (given.out / "bench.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        (given.out / "bench.md").write_text(markdown(results), encoding="utf-8")
     draw(results, given.out / "bench.png")
 
 
