@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -64,52 +63,61 @@ def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Ten
     return torch.tensor(rows, device=device)
 
 
-class _Images(NamedTuple):
-    """One unit's image keys and values in one layer, for the rows of a group: views of what every role has once."""
+KEYS, VALUES = 0, 1
 
-    whole: tuple[Tensor, Tensor] | None
-    """``[R, T, C]`` each, where memory holds them like this (two rows of one picture, say); else ``runs`` count."""
-    runs: tuple[Tensor, ...]
-    """Keys and values of neighbouring rows of one role, ``[2, rows, pictures, T x C]``."""
-    width: int
-    """C."""
 
-    @staticmethod
-    def of(images: Images, roles: Sequence[int], layer: int) -> _Images:
-        """For rows of these roles."""
-        by_role = {
-            role: as_one(
-                [
-                    as_one([image.keys[layer][0] for image in images[role]]),
-                    as_one([image.values[layer][0] for image in images[role]]),
-                ]
-            )
-            for role in set(roles)
-        }  # [2, pictures, T, C]
-        rows = evenly([by_role[role] for role in roles])
-        if rows is not None and rows[:, 0].is_contiguous():
-            keys, values = rows.unbind(1)
-            return _Images((keys.flatten(1, 2), values.flatten(1, 2)), (), keys.shape[-1])
-        runs = tuple(
-            by_role[role].flatten(2).unsqueeze(1).expand(-1, len(list(members)), -1, -1)
-            for role, members in groupby(roles)
-        )
-        return _Images(None, runs, by_role[roles[0]].shape[-1])
+class _Beside(NamedTuple):
+    """The image keys, or values, of a few rows in one layer: views over the rows, ``[R, T, C]``, as few as can be."""
 
-    def both(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[R, T, C]``, by one operation on the device at most, whatever the rows and pictures."""
-        if self.whole is not None:
-            return self.whole
-        together = torch.cat(self.runs, dim=1)
-        keys, values = together.view(2, together.shape[1], -1, self.width).unbind()
-        return keys, values
+    images: tuple[Tensor, ...]
 
-    def one(self, kind: int) -> Tensor:
-        """Keys (0) or values (1) alone."""
-        if self.whole is not None:
-            return self.whole[kind]
-        together = torch.cat([run[kind] for run in self.runs])
-        return together.view(together.shape[0], -1, self.width)
+    def behind(self, text: Tensor) -> Tensor:
+        """``text [R, M, C]`` with each row's image tokens behind it, ``[R, M + T, C]``."""
+        return torch.cat((text, *self.images), dim=1)
+
+
+class _RowByRow(NamedTuple):
+    """The same for many rows, and for few that memory doesn't have like that."""
+
+    by_role: Mapping[int, tuple[Tensor, ...]]
+    """Of each unit ``[T of all pictures, C]``, or ``[pictures, T, C]`` where one picture stands for several."""
+    roles: tuple[int, ...]
+    """Of each row."""
+
+    def behind(self, text: Tensor) -> Tensor:
+        """See :meth:`_Beside.behind`; what is repeated is laid out first, by one operation for all rows of a role.
+
+        A device copies whole pieces of memory several times faster than views expanded to a batch.
+        """
+        pieces = {role: [t if t.dim() == 2 else t.flatten(0, 1) for t in each] for role, each in self.by_role.items()}
+        parts: list[Tensor] = []
+        for of_row, role in zip(text.unbind(), self.roles, strict=True):
+            parts.append(of_row)
+            parts += pieces[role]
+        return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
+
+
+MOST_ROWS_BESIDE = 2
+"""In a batch of one the launches are what takes time, and views are fewest; in a larger one the bytes are."""
+
+
+def _laid_out(by_role: Mapping[int, Sequence[Tensor]], roles: tuple[int, ...]) -> _Beside | _RowByRow:
+    """One layer's image keys, or values: of each unit ``[pictures, T, C]`` for each role; ``roles`` of the rows."""
+    if len(roles) <= MOST_ROWS_BESIDE:
+        views = [_beside(unit) for unit in zip(*(by_role[role] for role in roles), strict=True)]
+        if all(views):
+            return _Beside(tuple(view for unit in views for view in unit))
+    pieces = {role: tuple(t.flatten(0, 1) if t.is_contiguous() else t for t in each) for role, each in by_role.items()}
+    return _RowByRow(pieces, roles)
+
+
+def _beside(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Of ``[pictures, T, C]`` for each row views over the rows, ``[R, T', C]``; none if memory doesn't have them."""
+    together = evenly(rows)
+    if together is not None and together[0].is_contiguous():
+        return [together.flatten(1, 2)]
+    views = [evenly(pictures) for pictures in zip(*(of_row.unbind() for of_row in rows), strict=True)]
+    return [] if any(view is None for view in views) else views  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,8 @@ class _Group:
     """Where they stand in the batch; None: they are the whole batch."""
     text_tokens: int | None
     """The text tokens to attend to, where the host has more that repeat them; None: all."""
-    layers: tuple[tuple[_Images, ...], ...]
-    """Each unit's image tokens in each layer; empty where these rows get none."""
+    layers: tuple[tuple[_Beside | _RowByRow, _Beside | _RowByRow], ...]
+    """Image keys and values of each layer; empty where these rows get none."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
@@ -131,32 +139,10 @@ class _Group:
         """``text`` without repeats."""
         return text if self.text_tokens is None else text[:, : self.text_tokens]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Text keys and values of these rows, ``[R, M, C]``, with each row's image tokens behind them.
-
-        The image tokens are laid out for the rows first, since the device concatenates whole pieces of memory several
-        times faster than views expanded to a batch.
-        """
-        if self.text_tokens is not None:
-            k, v = self.real(k), self.real(v)
-        if not self.layers:
-            return k, v
-        keys, values = [k], [v]
-        for unit in self.layers[layer]:
-            image_keys, image_values = unit.both()
-            keys.append(image_keys)
-            values.append(image_values)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
-
-    def extend_one(self, layer: int, text: Tensor, kind: int) -> Tensor:
-        """The same for keys (0) or values (1) alone."""
+    def extend(self, layer: int, kind: int, text: Tensor) -> Tensor:
+        """Text ``KEYS`` or ``VALUES`` of these rows, ``[R, M, C]``, with each row's image tokens behind them."""
         text = self.real(text)
-        return torch.cat((text, *[each.one(kind) for each in self.layers[layer]]), dim=1) if self.layers else text
-
-    def image_only(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Each row's image keys and values alone, ``[R, T, C]``."""
-        keys, values = zip(*(each.both() for each in self.layers[layer]), strict=True)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        return self.layers[layer][kind].behind(text) if self.layers else text
 
 
 def _alike(unit: Images) -> list[Images]:
@@ -167,21 +153,31 @@ def _alike(unit: Images) -> list[Images]:
 
 
 def _groups(
-    roles: Sequence[int], text_tokens: Mapping[int, int | None], units: Sequence[Images], device: torch.device
+    roles: Sequence[int], text_tokens: Mapping[int, int | None], joint: Sequence[Images], device: torch.device
 ) -> list[_Group]:
     """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
 
     def tokens(role: int) -> tuple[int, ...]:
-        return tuple(sum(image.tokens for image in unit.get(role, ())) for unit in units)
+        return tuple(sum(image.tokens for image in unit.get(role, ())) for unit in joint)
 
     kinds = {role: (text_tokens[role], tokens(role)) for role in set(roles)}
     groups = []
     for kind in dict.fromkeys(kinds[role] for role in roles):
         rows = [row for row, role in enumerate(roles) if kinds[role] == kind]
-        of_rows = [roles[row] for row in rows]
-        acting = [unit for unit, count in zip(units, kind[1], strict=True) if count]
-        layers = len(acting[0][of_rows[0]][0].keys) if acting else 0
-        images = tuple(tuple(_Images.of(unit, of_rows, layer) for unit in acting) for layer in range(layers))
+        of_rows = tuple(roles[row] for row in rows)
+        units, acting = [unit for unit, count in zip(joint, kind[1], strict=True) if count], set(of_rows)
+        layers = len(units[0][of_rows[0]][0].keys) if units else 0
+        images = tuple(
+            (
+                _laid_out(
+                    {role: [as_one([i.keys[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
+                ),
+                _laid_out(
+                    {role: [as_one([i.values[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
+                ),
+            )
+            for n in range(layers)
+        )
         groups.append(_Group(_index(rows, len(roles), device), kind[0], images))
     return groups
 
@@ -255,11 +251,17 @@ class Plan:
         if not self.joined:
             out = base(q, k, v, heads)
         elif self.uniform:
-            out = base(q, *self.joined[0].extend(layer, k, v), heads)
+            group = self.joined[0]
+            out = base(q, group.extend(layer, KEYS, k), group.extend(layer, VALUES, v), heads)
         elif replaced is None:
             parts = [
-                attention(group.pick(q), *group.extend(layer, group.pick(k), group.pick(v)), heads)
-                for group in self.joined
+                attention(
+                    each.pick(q),
+                    each.extend(layer, KEYS, each.pick(k)),
+                    each.extend(layer, VALUES, each.pick(v)),
+                    heads,
+                )
+                for each in self.joined
             ]
             out = self._together(parts)
         else:
@@ -301,10 +303,11 @@ class Plan:
         for group in self.joined:
             if not group.layers:
                 continue
-            rows, keys_values = group.pick(out), group.image_only(layer)
-            image = scaled_dot_product(group.pick(q), *keys_values, heads)
+            rows, no_text = group.pick(out), group.pick(k)[:, :0]
+            keys = group.extend(layer, KEYS, no_text)
+            image = scaled_dot_product(group.pick(q), keys, group.extend(layer, VALUES, no_text), heads)
             text_lse = _log_sum_exp(group.pick(q), group.real(group.pick(k)), heads)
-            share = torch.sigmoid(_log_sum_exp(group.pick(q), keys_values[0], heads) - text_lse)
+            share = torch.sigmoid(_log_sum_exp(group.pick(q), keys, heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
             out = joined if group.index is None else _changed(out, group.index, joined)

@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "cases"))
     for name in chosen:
         if name == PREPARATION:
-            results[PREPARATION] = measure_preparation(device, given.small, given.out)
+            results[PREPARATION] = measure_preparation(device, given.small)
         else:
             case = cases[name]
             if given.rounds:

@@ -51,7 +51,7 @@ def _picture(number: int) -> str:
     return uploads.add(small.resize(MEGAPIXEL, Image.Resampling.BICUBIC))
 
 
-def measure_preparation(device: torch.device, small: bool, out: Path) -> dict[str, Any]:
+def measure_preparation(device: torch.device, small: bool) -> dict[str, Any]:
     """Milliseconds of the callbacks before sampling, by generation, and what each did."""
     global _opened
     sys.addaudithook(_audit)
