@@ -1,9 +1,10 @@
-"""Two commands for a fresh machine.
+"""The commands for a fresh machine.
 
-    python dev.py demo [arguments]    start the embedded host, a small WebUI (demo --help tells the arguments)
-    python dev.py test [arguments]    run every check; the arguments go to pytest
+    python dev.py demo [arguments]     start the embedded host, a small WebUI (demo --help tells the arguments)
+    python dev.py test [arguments]     run every check; the arguments go to pytest
+    python dev.py bench [arguments]    measure what an image prompt costs (bench --help tells the arguments)
 
-Both first make ``.venv`` beside this file where it is missing, or bring it up to date where a lock file has changed,
+All first make ``.venv`` beside this file where it is missing, or bring it up to date where a lock file has changed,
 with the Python that started them (3.10 to 3.12). A torch which that Python can import is used, not downloaded.
 Only the standard library is needed, on Linux, macOS and Windows.
 """
@@ -226,11 +227,11 @@ def split_arguments(argv: "list[str]") -> "tuple[str, list[str]]":
         SetupError: for no command, or one that doesn't exist.
     """
     if not argv:
-        raise SetupError("Say what to do: python dev.py demo, or python dev.py test.")
+        raise SetupError("Say what to do: python dev.py demo, python dev.py test, or python dev.py bench.")
     if argv[0] in ("-h", "--help", "help"):
         return "help", []
-    if argv[0] not in ("demo", "test"):
-        raise SetupError(f"dev.py has no command {argv[0]!r}: it has demo and test.")
+    if argv[0] not in ("demo", "test", "bench"):
+        raise SetupError(f"dev.py has no command {argv[0]!r}: it has demo, test and bench.")
     return argv[0], argv[1:]
 
 
@@ -245,16 +246,16 @@ def checks(pytest_arguments: "list[str]") -> "list[tuple[str, list[str]]]":
     ]
 
 
-def demo_arguments(root: Path, arguments: "list[str]") -> "list[str]":
-    """Arguments for the environment's Python that run the demo.
+def module_arguments(module: str, root: Path, arguments: "list[str]") -> "list[str]":
+    """Arguments for the environment's Python that run one of the project's modules.
 
-    The project's folder takes the place of the current one on the path, so the demo is the same from whichever folder
-    it is started, and the file names in its arguments still count from there.
+    The project's folder takes the place of the current one on the path, so the module is the same from whichever
+    folder it is started, and the file names in its arguments still count from there.
     """
     run = (
         "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
     )
-    return ["-c", run.format("tests.embedded.demo"), str(root), *arguments]
+    return ["-c", run.format(module), str(root), *arguments]
 
 
 def child_environment(environment: "dict[str, str]") -> "dict[str, str]":
@@ -570,9 +571,14 @@ def run_tests(pytest_arguments: "list[str]") -> int:
     return 1 if failed else 0
 
 
-def run_demo(arguments: "list[str]") -> int:
-    """Runs the embedded host in the folder where the command was typed; its exit code."""
-    return run([str(venv_python()), *demo_arguments(ROOT, arguments)], env=child_environment(dict(os.environ)))
+# What the commands other than test run, in the folder where they were typed.
+MODULES = {"demo": "tests.embedded.demo", "bench": "tests.bench"}
+
+
+def run_module(command: str, arguments: "list[str]") -> int:
+    """Runs the embedded host or the benchmark; its exit code."""
+    module = module_arguments(MODULES[command], ROOT, arguments)
+    return run([str(venv_python()), *module], env=child_environment(dict(os.environ)))
 
 
 def main(argv: "list[str]") -> int:
@@ -583,7 +589,7 @@ def main(argv: "list[str]") -> int:
             say((__doc__ or "").strip())
             return 0
         ensure_venv()
-        return run_tests(arguments) if command == "test" else run_demo(arguments)
+        return run_tests(arguments) if command == "test" else run_module(command, arguments)
     except SetupError as error:
         sys.stdout.flush()
         print(f"dev.py: {error}", file=sys.stderr)

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .errors import IPAdapterError
 from .formulations import Formulation
+from .packing import as_one, by_width
 from .plan import ImageKV, Plan, make_plan
 from .progress import Window
-from .rows import COND, UNCOND, Call
+from .rows import UNCOND, Call
 
 Prompts = Mapping[int, tuple[ImageKV, ...]]
 """What the rows of each role (``COND``, ``UNCOND``) get: one entry a picture; an absent role gets no image tokens."""
@@ -25,67 +27,67 @@ Prompts = Mapping[int, tuple[ImageKV, ...]]
 
 @dataclass(frozen=True)
 class Term:
-    """One unit, ready: weighed K/V by role, how they enter, and when."""
+    """One unit: K/V by role, how they enter, how much, and when."""
 
     formulation: Formulation
     window: Window
     prompts: Prompts
+    weight: float | None = None
+    """What K and V are still to be weighed with, any finite number but 0; None: they are weighed."""
+    widest: int = 1
+    """Width of the UNet's widest cross-attention layer."""
 
-    @staticmethod
-    def weighed(formulation: Formulation, window: Window, prompts: Prompts, weight: float, widest: int) -> Term | None:
-        """A term at ``weight``; None at weight 0, which is no term at all.
-
-        Args:
-            formulation, window: the unit's.
-            prompts: K/V as the adapter makes them.
-            weight: the unit's, any finite number.
-            widest: width of the UNet's widest cross-attention layer.
-
-        A picture that appears several times (the one uncond of several pictures, say) is weighed and kept once.
-        """
-        if weight == 0:
-            return None
-        done: dict[int, ImageKV] = {}
-
-        def weigh(image: ImageKV) -> ImageKV:
-            if id(image) not in done:
-                pairs = (
-                    formulation.weigh(k, v, weight, k.shape[-1] / widest)
-                    for k, v in zip(image.keys, image.values, strict=True)
-                )
-                done[id(image)] = ImageKV(*zip(*pairs, strict=True))
-            return done[id(image)]
-
-        return Term(formulation, window, {role: tuple(map(weigh, images)) for role, images in prompts.items()})
+    def __post_init__(self) -> None:
+        if self.weight == 0:
+            raise ValueError("A unit of weight 0 does nothing, and is no term.")
 
     def on(self, device: torch.device, dtype: torch.dtype, first: int) -> Term:
-        """The same with all K and V of a layer side by side in one piece of memory there, ``first``'s role ahead.
+        """The same, weighed, with all K and V of a layer side by side in memory there, ``first``'s role ahead.
 
-        Rows of both roles, in this order, then get their image tokens as views of it.
+        Rows of both roles, in this order, then get their image tokens as views of it. A picture that appears several
+        times (the one uncond of several pictures, say) is weighed and kept once.
         """
         roles = sorted(self.prompts, key=lambda role: role != first)
         distinct = {id(image): image for role in roles for image in self.prompts[role]}
-        packed = dict(zip(distinct, _packed(list(distinct.values()), device, dtype), strict=True))
+        packed = dict(zip(distinct, self._packed(list(distinct.values()), device, dtype), strict=True))
         prompts = {role: tuple(packed[id(image)] for image in images) for role, images in self.prompts.items()}
         return Term(self.formulation, self.window, prompts)
 
+    def _packed(self, images: Sequence[ImageKV], device: torch.device, dtype: torch.dtype) -> list[ImageKV]:
+        """Weighed copies whose tensors of one layer lie one after another, in the order of ``images``.
 
-def _packed(images: Sequence[ImageKV], device: torch.device, dtype: torch.dtype) -> list[ImageKV]:
-    """Copies whose tensors of one layer lie one after another, in the order of ``images``."""
+        All layers of one width are handled as one tensor, so that there are few transfers and few operations.
+        """
+        if not images:
+            return []
+        counts = [image.tokens for image in images]
+        keys, values = ([list(getattr(image, kind)) for image in images] for kind in ("keys", "values"))
+        for numbers in by_width(images[0].keys).values():
+            k, v = (
+                torch.cat([as_one([one[n][0] for n in numbers]).to(device) for one in kind], dim=1)
+                for kind in (keys, values)
+            )
+            if self.weight is not None:
+                k, v = self._weighed(k, v, counts)
+            both = torch.stack((k, v), dim=1).to(dtype)  # [layers, 2, tokens of all pictures, C]
+            for image, part in enumerate(torch.split(both.unsqueeze(2), counts, dim=3)):
+                for n, (key, value) in zip(numbers, part.unbind(), strict=True):
+                    keys[image][n], values[image][n] = key, value
+        return [ImageKV(tuple(k), tuple(v)) for k, v in zip(keys, values, strict=True)]
 
-    def side_by_side(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        tokens, width = sum(t.shape[1] for t in tensors), tensors[0].shape[2]
-        memory = torch.empty(1, tokens, width, device=device, dtype=dtype)
-        parts = list(torch.split(memory, [t.shape[1] for t in tensors], dim=1))
-        for part, tensor in zip(parts, tensors, strict=True):
-            part.copy_(tensor)
-        return parts
-
-    if not images:
-        return []
-    keys = [side_by_side(layer) for layer in zip(*(image.keys for image in images), strict=True)]
-    values = [side_by_side(layer) for layer in zip(*(image.values for image in images), strict=True)]
-    return [ImageKV(tuple(k[n] for k in keys), tuple(v[n] for v in values)) for n in range(len(images))]
+    def _weighed(self, k: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """``k`` and ``v`` ``[layers, tokens of all pictures, C]``, each picture weighed for itself."""
+        assert self.weight is not None
+        share = k.shape[2] / self.widest
+        if len(set(counts)) == 1:
+            by_picture = (-1, counts[0], k.shape[2])
+            weighed = self.formulation.weigh(k.view(by_picture), v.view(by_picture), self.weight, share)
+            return weighed[0].view(k.shape), weighed[1].view(v.shape)
+        pairs = [
+            self.formulation.weigh(one_k, one_v, self.weight, share)
+            for one_k, one_v in zip(torch.split(k, counts, dim=1), torch.split(v, counts, dim=1), strict=True)
+        ]
+        return torch.cat([one_k for one_k, _ in pairs], dim=1), torch.cat([one_v for _, one_v in pairs], dim=1)
 
 
 MAX_PLANS = 64
@@ -96,7 +98,7 @@ class Injection:
     """All units of a generation on one UNet.
 
     Args:
-        terms: the units, weighed.
+        terms: the units.
         layers: number of cross-attention layers.
         first: the role whose rows the host puts first when both are in one batch.
         on_first_call: told the progress of the first UNet call; what it raises ends the sampling.
@@ -129,7 +131,8 @@ class Injection:
         self._plans: dict[tuple[object, ...], Plan] = {}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Brings K/V where the UNet computes. Called once, before sampling or in its first call, never per layer."""
+        """Brings K/V, weighed, where the UNet computes. Called once, before sampling or in its first call."""
+        device = torch.empty(0, device=device).device  # "cuda" is some host's name for what tensors call "cuda:0"
         if self._place != (device, dtype):
             self.terms = tuple(term.on(device, dtype, self._first) for term in self.terms)
             self._place = (device, dtype)
@@ -160,19 +163,7 @@ class Injection:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             terms = [term for term, acts in zip(self.terms, active, strict=True) if acts]
-            plan = self._plans[key] = make_plan(_joint(terms), _added(terms), call, text_tokens, device)
+            joint = [term.prompts for term in terms if term.formulation.joins_softmax]
+            added = [term.prompts for term in terms if not term.formulation.joins_softmax]
+            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
         return plan
-
-
-Images = Mapping[int, tuple[ImageKV, ...]]
-
-
-def _joint(terms: Sequence[Term]) -> Images:
-    """The pictures of all units that join the softmax, by role."""
-    joint = [term for term in terms if term.formulation.joins_softmax]
-    return {role: tuple(image for term in joint for image in term.prompts.get(role, ())) for role in (COND, UNCOND)}
-
-
-def _added(terms: Sequence[Term]) -> list[Images]:
-    """The pictures of each unit with an attention of its own, by role."""
-    return [term.prompts for term in terms if not term.formulation.joins_softmax]

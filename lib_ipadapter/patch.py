@@ -85,7 +85,7 @@ def _term(kv: tuple[Sequence[Tensor], Sequence[Tensor]], stop: float, weight: fl
     if not (weight == weight and abs(weight) != float("inf")) or stop != stop:
         raise IPAdapterError(f"A task has stop {stop} and weight {weight}; both must be finite numbers.")
     prompts = {COND: (ImageKV.from_pairs(conds),), UNCOND: (ImageKV.from_pairs(unconds),)}
-    return Term.weighed(JOINT, Window(0.0, stop), prompts, weight, WIDEST_LAYER)
+    return Term(JOINT, Window(0.0, stop), prompts, weight, WIDEST_LAYER) if weight != 0 else None
 
 
 def _move_to(injection: Injection, model: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import IPAdapterError
+from .packing import as_one, evenly, row
 from .rows import Call
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -50,62 +50,74 @@ class ImageKV:
         return int(self.keys[0].shape[1])
 
 
-class _Run(NamedTuple):
-    """Neighbouring rows of one role, counted inside their group."""
-
-    first: int
-    last: int
-    """One past the last."""
-    images: tuple[ImageKV, ...]
+Images = Mapping[int, tuple[ImageKV, ...]]
+"""The pictures of one unit, by role."""
 
 
-class _Views(NamedTuple):
-    """One layer's image tokens for all rows of a group, one tensor a picture."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-
-def _pair(first: Tensor, second: Tensor) -> Tensor | None:
-    """Two ``[1, T, C]`` as one view ``[2, T, C]``, if they lie in this order in one piece of memory."""
-    distance = second.storage_offset() - first.storage_offset()
-    same = first.shape == second.shape and first.stride()[1:] == second.stride()[1:]
-    if not same or distance < 0 or not _share_memory(first, second):
+def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Tensor | None:
+    """How to pick ``rows`` of a batch of ``total``; None: they are all of it."""
+    if list(rows) == list(range(total)):
         return None
-    return first.as_strided((2, *first.shape[1:]), (distance, *first.stride()[1:]))
+    if list(rows) == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    # The storage itself, since tensors made in inference mode don't know what they are views of.
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+KEYS, VALUES = 0, 1
 
 
-def _row(tensors: Sequence[Tensor]) -> Tensor:
-    """Several ``[1, T, C]`` as one ``[1, sum of T, C]``: a view where they lie one after another, else a copy."""
-    first, end = tensors[0], tensors[0].storage_offset()
-    for t in tensors:
-        if t.storage_offset() != end or not _share_memory(first, t):
-            return torch.cat(tuple(tensors), dim=1)
-        end += t.shape[1] * t.shape[2]
-    tokens = sum(t.shape[1] for t in tensors)
-    return first if len(tensors) == 1 else first.as_strided((1, tokens, first.shape[2]), first.stride())
+class _Beside(NamedTuple):
+    """The image keys, or values, of a few rows in one layer: views over the rows, ``[R, T, C]``, as few as can be."""
+
+    images: tuple[Tensor, ...]
+
+    def behind(self, text: Tensor) -> Tensor:
+        """``text [R, M, C]`` with each row's image tokens behind it, ``[R, M + T, C]``."""
+        return torch.cat((text, *self.images), dim=1)
 
 
-def _views(runs: Sequence[_Run], rows: Callable[[Tensor, Tensor | None], Tensor | None]) -> list[_Views] | None:
-    """Every layer's tokens, ``rows(first run's, second run's)`` for each picture; None where one can't be had."""
-    partners = [(image, None) for image in runs[0].images]
-    if len(runs) == 2:
-        if len(runs[0].images) != len(runs[1].images):
-            return None
-        partners = list(zip(runs[0].images, runs[1].images, strict=True))  # type: ignore[arg-type]
-    views = []
-    for layer in range(len(partners[0][0].keys) if partners else 0):
-        keys = [rows(a.keys[layer], b.keys[layer] if b else None) for a, b in partners]
-        values = [rows(a.values[layer], b.values[layer] if b else None) for a, b in partners]
-        if any(t is None for t in (*keys, *values)):
-            return None
-        views.append(_Views(tuple(keys), tuple(values)))  # type: ignore[arg-type]
-    return views or None
+class _RowByRow(NamedTuple):
+    """The same for many rows, and for few that memory doesn't have like that."""
+
+    by_role: Mapping[int, tuple[Tensor, ...]]
+    """Of each unit ``[T of all pictures, C]``, or ``[pictures, T, C]`` where one picture stands for several."""
+    roles: tuple[int, ...]
+    """Of each row."""
+
+    def behind(self, text: Tensor) -> Tensor:
+        """See :meth:`_Beside.behind`; what is repeated is laid out first, by one operation for all rows of a role.
+
+        A device copies whole pieces of memory several times faster than views expanded to a batch.
+        """
+        pieces = {role: [t if t.dim() == 2 else t.flatten(0, 1) for t in each] for role, each in self.by_role.items()}
+        parts: list[Tensor] = []
+        for of_row, role in zip(text.unbind(), self.roles, strict=True):
+            parts.append(of_row)
+            parts += pieces[role]
+        return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
+
+
+MOST_ROWS_BESIDE = 2
+"""In a batch of one the launches are what takes time, and views are fewest; in a larger one the bytes are."""
+
+
+def _laid_out(by_role: Mapping[int, Sequence[Tensor]], roles: tuple[int, ...]) -> _Beside | _RowByRow:
+    """One layer's image keys, or values: of each unit ``[pictures, T, C]`` for each role; ``roles`` of the rows."""
+    if len(roles) <= MOST_ROWS_BESIDE:
+        views = [_beside(unit) for unit in zip(*(by_role[role] for role in roles), strict=True)]
+        if all(views):
+            return _Beside(tuple(view for unit in views for view in unit))
+    pieces = {role: tuple(t.flatten(0, 1) if t.is_contiguous() else t for t in each) for role, each in by_role.items()}
+    return _RowByRow(pieces, roles)
+
+
+def _beside(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Of ``[pictures, T, C]`` for each row views over the rows, ``[R, T', C]``; none if memory doesn't have them."""
+    together = evenly(rows)
+    if together is not None and together[0].is_contiguous():
+        return [together.flatten(1, 2)]
+    views = [evenly(pictures) for pictures in zip(*(of_row.unbind() for of_row in rows), strict=True)]
+    return [] if any(view is None for view in views) else views  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -116,135 +128,97 @@ class _Group:
     """Where they stand in the batch; None: they are the whole batch."""
     text_tokens: int | None
     """The text tokens to attend to, where the host has more that repeat them; None: all."""
-    runs: tuple[_Run, ...]
-    fold: int
-    """Rows of each run where there are two equal ones, with views ``[2, fold, T, C]``; 1: views are ``[R, T, C]``."""
-    views: list[_Views] | None
-    """None where the rows need their own arrangement: more runs, or image tokens from different places."""
+    layers: tuple[tuple[_Beside | _RowByRow, _Beside | _RowByRow], ...]
+    """Image keys and values of each layer; empty where these rows get none."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
         return t if self.index is None else t[self.index]
 
-    def keys(self, layer: int, text: Tensor) -> Tensor:
-        """Text keys of these rows, ``[R, M, C]``, with each row's image keys behind them."""
-        if self.views is not None:
-            return self._behind(text, self.views[layer].keys)
-        return self._run_by_run(text, [[image.keys[layer] for image in run.images] for run in self.runs])
+    def real(self, text: Tensor) -> Tensor:
+        """``text`` without repeats."""
+        return text if self.text_tokens is None else text[:, : self.text_tokens]
 
-    def values(self, layer: int, text: Tensor) -> Tensor:
-        """The same for values."""
-        if self.views is not None:
-            return self._behind(text, self.views[layer].values)
-        return self._run_by_run(text, [[image.values[layer] for image in run.images] for run in self.runs])
-
-    def image_only(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Each row's image keys and values alone, ``[R, T, C]``."""
-        keys = [_row([i.keys[layer] for i in run.images]).expand(run.last - run.first, -1, -1) for run in self.runs]
-        values = [_row([i.values[layer] for i in run.images]).expand(run.last - run.first, -1, -1) for run in self.runs]
-        return torch.cat(keys), torch.cat(values)
-
-    def _behind(self, text: Tensor, images: tuple[Tensor, ...]) -> Tensor:
-        if self.text_tokens is not None:
-            text = text[:, : self.text_tokens]
-        if self.fold == 1:
-            return torch.cat((text, *images), dim=1)
-        return torch.cat((text.view(2, self.fold, *text.shape[1:]), *images), dim=2).flatten(0, 1)
-
-    def _run_by_run(self, text: Tensor, images: list[list[Tensor]]) -> Tensor:
-        if self.text_tokens is not None:
-            text = text[:, : self.text_tokens]
-        parts = []
-        for run, tokens in zip(self.runs, images, strict=True):
-            rows = run.last - run.first
-            parts.append(torch.cat((text[run.first : run.last], *(t.expand(rows, -1, -1) for t in tokens)), dim=1))
-        return torch.cat(parts)
+    def extend(self, layer: int, kind: int, text: Tensor) -> Tensor:
+        """Text ``KEYS`` or ``VALUES`` of these rows, ``[R, M, C]``, with each row's image tokens behind them."""
+        text = self.real(text)
+        return self.layers[layer][kind].behind(text) if self.layers else text
 
 
-def _group(
-    roles: Sequence[int],
-    text_tokens: Mapping[int, int | None],
-    images: Mapping[int, tuple[ImageKV, ...]],
-    device: torch.device,
+def _alike(unit: Images) -> list[Images]:
+    """A unit itself where its pictures have equally many tokens, as those of one adapter do; else each for itself."""
+    if all(len({image.tokens for image in images}) <= 1 for images in unit.values()):
+        return [unit]
+    return [{role: images[n : n + 1] for role, images in unit.items()} for n in range(max(map(len, unit.values())))]
+
+
+def _groups(
+    roles: Sequence[int], text_tokens: Mapping[int, int | None], joint: Sequence[Images], device: torch.device
 ) -> list[_Group]:
-    """The rows whose role is in ``text_tokens``, grouped by their numbers of text and image tokens."""
-    kinds = {role: (count, sum(image.tokens for image in images.get(role, ()))) for role, count in text_tokens.items()}
+    """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
+
+    def tokens(role: int) -> tuple[int, ...]:
+        return tuple(sum(image.tokens for image in unit.get(role, ())) for unit in joint)
+
+    kinds = {role: (text_tokens[role], tokens(role)) for role in set(roles)}
     groups = []
-    for kind in dict.fromkeys(kinds[role] for role in roles if role in kinds):
-        rows = [row for row, role in enumerate(roles) if kinds.get(role) == kind]
-        runs, first = [], 0
-        for role, members in groupby(roles[row] for row in rows):
-            last = first + sum(1 for _ in members)
-            runs.append(_Run(first, last, images.get(role, ())))
-            first = last
-        index: slice | Tensor | None = None
-        if len(rows) < len(roles):
-            together = rows[-1] - rows[0] + 1 == len(rows)
-            index = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=device)
-        fold, views = 1, None
-        if len(runs) == 1:
-            views = _views(runs, lambda t, _, n=first: t.expand(n, -1, -1))  # type: ignore[misc]
-        elif len(runs) == 2 and 2 * runs[0].last == first:
-            fold = runs[0].last
-            views = _views(runs, lambda a, b, n=fold: _folded(a, b, n))  # type: ignore[misc]
-        groups.append(_Group(index, kind[0], tuple(runs), fold, views))
+    for kind in dict.fromkeys(kinds[role] for role in roles):
+        rows = [row for row, role in enumerate(roles) if kinds[role] == kind]
+        of_rows = tuple(roles[row] for row in rows)
+        units, acting = [unit for unit, count in zip(joint, kind[1], strict=True) if count], set(of_rows)
+        layers = len(units[0][of_rows[0]][0].keys) if units else 0
+        images = tuple(
+            (
+                _laid_out(
+                    {role: [as_one([i.keys[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
+                ),
+                _laid_out(
+                    {role: [as_one([i.values[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
+                ),
+            )
+            for n in range(layers)
+        )
+        groups.append(_Group(_index(rows, len(roles), device), kind[0], images))
     return groups
-
-
-def _folded(first: Tensor, second: Tensor | None, rows: int) -> Tensor | None:
-    pair = None if second is None else _pair(first, second)
-    if pair is None or rows == 1:
-        return pair
-    return pair.unsqueeze(1).expand(-1, rows, -1, -1)
 
 
 @dataclass(frozen=True)
 class _Addition:
-    """An attention of its own for rows of one unit: ``[rows of K, T, C]`` and the rows of the batch it serves."""
+    """An attention of its own for rows of one unit: the rows of the batch it serves, and their image tokens."""
 
     index: slice | Tensor | None
-    views: list[_Views]
-    """One tensor each, ``[1 or 2, T, C]``: the batch's rows are folded into as many, their queries side by side."""
+    images: ImageKV
+    """``[1 or 2, T, C]`` each: the batch's rows are folded into as many, their queries side by side."""
 
     def attend(self, layer: int, q: Tensor, heads: int) -> Tensor:
         """What is added to these rows, ``[R, N, C]``."""
         rows = q if self.index is None else q[self.index]
-        (keys,), (values,) = self.views[layer]
+        keys, values = self.images.keys[layer], self.images.values[layer]
         folded = rows.reshape(keys.shape[0], -1, rows.shape[-1])
         return scaled_dot_product(folded, keys, values, heads).view(rows.shape)
 
 
-def _additions(
-    roles: Sequence[int], images: Mapping[int, tuple[ImageKV, ...]], device: torch.device
-) -> list[_Addition]:
+def _additions(roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
     # To attend to copies of the same tokens is to attend to them once: the one uncond of several pictures counts once.
-    distinct = {role: tuple({id(i): i for i in given}.values()) for role, given in images.items() if given}
+    distinct = {role: list({id(i): i for i in images.get(role, ())}.values()) for role in dict.fromkeys(roles)}
     whole = {
         role: ImageKV(
-            tuple(_row(layer) for layer in zip(*(i.keys for i in given), strict=True)),
-            tuple(_row(layer) for layer in zip(*(i.values for i in given), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.keys for i in given), strict=True)),
+            tuple(row(layer) for layer in zip(*(i.values for i in given), strict=True)),
         )
         for role, given in distinct.items()
+        if given
     }
-    groups = _group(roles, dict.fromkeys(whole), {role: (image,) for role, image in whole.items()}, device)
-    additions = []
-    for group in groups:
-        pairs = _views(group.runs, _pair_or_one) if len(group.runs) == 1 or group.views is not None else None
-        if pairs is not None:
-            additions.append(_Addition(group.index, pairs))
-            continue
-        for role, image in whole.items():
-            rows = [row for row, each in enumerate(roles) if each == role]
-            if rows:
-                index = torch.tensor(rows, device=device)
-                one = [_Views((k,), (v,)) for k, v in zip(image.keys, image.values, strict=True)]
-                additions.append(_Addition(index, one))
-        break
-    return additions
-
-
-def _pair_or_one(first: Tensor, second: Tensor | None) -> Tensor | None:
-    return first if second is None else _pair(first, second)
+    rows = {role: [row for row, each in enumerate(roles) if each == role] for role in whole}
+    if len(whole) == 2:
+        (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
+        if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
+            keys = [evenly((a[0], b[0])) for a, b in zip(first.keys, second.keys, strict=True)]
+            values = [evenly((a[0], b[0])) for a, b in zip(first.values, second.values, strict=True)]
+            if not any(t is None for t in (*keys, *values)):
+                both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
+                return [_Addition(None if index == slice(0, len(roles)) else index, both)]
+    return [_Addition(_index(rows[role], len(roles), device), image) for role, image in whole.items()]
 
 
 @dataclass(frozen=True)
@@ -277,12 +251,19 @@ class Plan:
         if not self.joined:
             out = base(q, k, v, heads)
         elif self.uniform:
-            out = base(q, self.joined[0].keys(layer, k), self.joined[0].values(layer, v), heads)
+            group = self.joined[0]
+            out = base(q, group.extend(layer, KEYS, k), group.extend(layer, VALUES, v), heads)
         elif replaced is None:
-            out = torch.empty_like(q)
-            for group in self.joined:
-                keys, values = group.keys(layer, group.pick(k)), group.values(layer, group.pick(v))
-                out[group.index] = attention(group.pick(q), keys, values, heads)
+            parts = [
+                attention(
+                    each.pick(q),
+                    each.extend(layer, KEYS, each.pick(k)),
+                    each.extend(layer, VALUES, each.pick(v)),
+                    heads,
+                )
+                for each in self.joined
+            ]
+            out = self._together(parts)
         else:
             raise IPAdapterError(
                 "Something else replaces this cross-attention layer (another extension, or an earlier patch_model) "
@@ -295,6 +276,15 @@ class Plan:
     def uniform(self) -> bool:
         """All rows get equally many tokens, so that text and image tokens can stand in one tensor."""
         return len(self.joined) == 1
+
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        """The groups' rows as a batch."""
+        if all(isinstance(group.index, slice) for group in self.joined):
+            return torch.cat(tuple(parts))  # they are in order
+        out = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        for group, part in zip(self.joined, parts, strict=True):
+            out[group.index] = part
+        return out
 
     def add(self, layer: int, q: Tensor, out: Tensor, heads: int) -> Tensor:
         """``out``, the layer's output before ``to_out``, with what the decoupled units add."""
@@ -311,12 +301,13 @@ class Plan:
         text's logits are computed a second time.
         """
         for group in self.joined:
-            if not any(run.images for run in group.runs):
+            if not group.layers:
                 continue
-            rows, keys_values = group.pick(out), group.image_only(layer)
-            image = scaled_dot_product(group.pick(q), *keys_values, heads)
-            text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
-            share = torch.sigmoid(_log_sum_exp(group.pick(q), keys_values[0], heads) - text_lse)
+            rows, no_text = group.pick(out), group.pick(k)[:, :0]
+            keys = group.extend(layer, KEYS, no_text)
+            image = scaled_dot_product(group.pick(q), keys, group.extend(layer, VALUES, no_text), heads)
+            text_lse = _log_sum_exp(group.pick(q), group.real(group.pick(k)), heads)
+            share = torch.sigmoid(_log_sum_exp(group.pick(q), keys, heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
             out = joined if group.index is None else _changed(out, group.index, joined)
@@ -336,8 +327,8 @@ def _log_sum_exp(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def make_plan(
-    joint: Mapping[int, tuple[ImageKV, ...]],
-    added: Sequence[Mapping[int, tuple[ImageKV, ...]]],
+    joint: Sequence[Images],
+    added: Sequence[Images],
     call: Call,
     text_tokens: int,
     device: torch.device,
@@ -345,15 +336,16 @@ def make_plan(
     """The plan for one kind of call.
 
     Args:
-        joint: the pictures that join the softmax, by role.
-        added: the pictures of each unit with an attention of its own, by role.
+        joint: the units whose pictures join the softmax.
+        added: the units with an attention of their own.
         call: the rows.
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
     """
     joined: list[_Group] = []
-    if any(joint.get(role) for role in call.roles):
-        joined = _group(call.roles, _real_text_tokens(call, text_tokens), joint, device)
+    if any(unit.get(role) for unit in joint for role in call.roles):
+        units = [each for unit in joint for each in _alike(unit)]
+        joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device)
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
     return Plan(tuple(joined), tuple(additions))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -30,6 +30,7 @@ from .formulations import Formulation, resolve_formulation
 from .hosts.base import UNetInfo
 from .injection import Term
 from .library import Library
+from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
@@ -38,6 +39,7 @@ from .rows import COND, UNCOND
 from .tensorfile import open_tensors
 from .units import ImageRef, Unit
 
+K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 FileIdentity = tuple[str, int, int]
 
@@ -51,13 +53,19 @@ class Cache(Generic[V]):
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of ``key``, made when it isn't there."""
-        if key not in self._values:
-            value = make()
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+        return self.get_all([key], lambda _: [make()])[0]
+
+    def get_all(self, keys: Sequence[K], make: Callable[[Sequence[K]], Sequence[V]]) -> list[V]:
+        """The values of ``keys``; those that aren't there are made in one go, each once."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
+        if missing:
+            self._values.update(zip(missing, make(missing), strict=True))
+        values = [self._values[key] for key in keys]
+        for key in keys:
+            self._values.move_to_end(key)
+        while len(self._values) > self._size:
+            self._values.popitem(last=False)
+        return values
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -80,11 +88,11 @@ class PreparedUnit:
         """When it acts."""
         return Window(self.unit.start, self.unit.stop)
 
-    def term(self, info: UNetInfo) -> Term | None:
+    def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
         prompts = {COND: self.conds, UNCOND: self.unconds}
-        return Term.weighed(self.formulation, self.window, prompts, self.unit.weight, max(info.widths))
+        return Term(self.formulation, self.window, prompts, self.unit.weight, max(info.widths))
 
     def infotext(self) -> str:
         """Every setting that says how the unit acted, ``auto`` resolved."""
@@ -134,7 +142,7 @@ class Preparer:
         check_fit(unit.model, kind, info)
         job = _Job(self, unit, path, kind, self._library.encoder_for(kind))
         uncond = resolve_uncond(unit.uncond, kind.variant)
-        conds = tuple(job.picture_kv(ref) for ref in unit.images)
+        conds = tuple(job.picture_kv(unit.images))
         # Each picture has its uncond tokens: in one softmax the uncond side must weigh as much as the cond side.
         unconds = () if uncond == "none" else (job.uncond_kv(uncond),) * len(conds)
         return PreparedUnit(unit, kind, resolve_formulation(unit.formulation, kind.variant), uncond, conds, unconds)
@@ -163,10 +171,27 @@ class _Job:
     kind: AdapterKind
     encoder_path: Path
 
-    def picture_kv(self, ref: ImageRef) -> ImageKV:
-        picture = uploads.get(ref.sha256) if ref.sha256 else read_picture(ref.data)
-        key = (picture_hash(picture), self.unit.preparation, file_identity(self.encoder_path), self.kind.output)
-        return self._kept(key, lambda: self.of._features.get(key, lambda: self._features(picture)))
+    def picture_kv(self, refs: Sequence[ImageRef]) -> list[ImageKV]:
+        """Of each picture; those not seen yet go through encoder and adapter together."""
+        read: dict[Hashable, Callable[[], Image.Image]] = {}
+        keys = []
+        for ref in refs:
+            sha256, picture = self._source(ref)
+            keys.append((sha256, self.unit.preparation, file_identity(self.encoder_path), self.kind.output))
+            read[keys[-1]] = picture
+
+        def features(missing: Sequence[Hashable]) -> list[Tensor]:
+            return self._features([read[key]() for key in missing])
+
+        return self._kept(keys, lambda missing: self.of._features.get_all(missing, features))
+
+    @staticmethod
+    def _source(ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
+        """A picture's hash, and how to read it: an upload goes by its hash, and need not be decoded for that."""
+        if ref.sha256:
+            return ref.sha256, lambda: uploads.get(ref.sha256)
+        picture = read_picture(ref.data)
+        return picture_hash(picture), lambda: picture
 
     def uncond_kv(self, source: str) -> ImageKV:
         if source == "file":
@@ -178,27 +203,35 @@ class _Job:
 
             return self.of._kv.get((file_identity(path), file_identity(self.path)), from_file)
 
-        def features() -> Tensor:
-            return uncond_features(self.of._run, source, self.kind, self.of.encoder(self.encoder_path))
+        def features(_: Sequence[Hashable]) -> list[Tensor]:
+            return [uncond_features(self.of._run, source, self.kind, self.of.encoder(self.encoder_path))]
 
-        return self._kept((source, file_identity(self.encoder_path), self.kind.output), features)
+        return self._kept([(source, file_identity(self.encoder_path), self.kind.output)], features)[0]
 
-    def _features(self, picture: Image.Image) -> Tensor:
+    def _features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         encoder = self.of.encoder(self.encoder_path)
         size = encoder.kind.image_size
-        pixels = clip_preprocess(to_pixels([prepare(picture, self.unit.preparation, size)]), size)
-        return encode(self.of._run, encoder, self.kind.output, pixels)
+        prepared = [prepare(picture, self.unit.preparation, size) for picture in pictures]
+        together = encode(self.of._run, encoder, self.kind.output, clip_preprocess(to_pixels(prepared), size))
+        return [one.clone() for one in torch.split(together, 1)]  # each may outlive the others
 
-    def _kept(self, key: Hashable, features: Callable[[], Tensor]) -> ImageKV:
-        def kv() -> ImageKV:
-            return _in_host_memory(image_kv(self.of._run, self.of.adapter(self.path).model, features()))
+    def _kept(
+        self, keys: Sequence[Hashable], features: Callable[[Sequence[Hashable]], Sequence[Tensor]]
+    ) -> list[ImageKV]:
+        """K/V by the keys of the features that they are made from."""
+        adapter = file_identity(self.path)
 
-        return self.of._kv.get((key, file_identity(self.path)), kv)
+        def kv(missing: Sequence[tuple[Hashable, FileIdentity]]) -> list[ImageKV]:
+            given = torch.cat(list(features([key for key, _ in missing])))
+            pairs = image_kv(self.of._run, self.of.adapter(self.path).model, given)
+            return [_in_host_memory([t[n : n + 1] for t in pairs]) for n in range(len(missing))]
+
+        return self.of._kv.get_all([(key, adapter) for key in keys], kv)
 
 
 def _in_host_memory(pairs: list[Tensor]) -> ImageKV:
     # What is kept between jobs must not take room on the device.
-    return ImageKV.from_pairs([t.cpu() for t in pairs])
+    return ImageKV(tuple(in_host_memory(pairs[::2])), tuple(in_host_memory(pairs[1::2])))
 
 
 def file_identity(path: Path) -> FileIdentity:

@@ -36,8 +36,7 @@ class _Run:
     passes: int = 0
     """Passes that have ended."""
     injection: Injection | None = None
-    acting: list[PreparedUnit] = field(default_factory=list)
-    """The unit of each of the injection's terms."""
+    """Has a term for each unit."""
     identity: object = None
     failed: bool = False
 
@@ -158,7 +157,7 @@ class Session:
             return
         try:
             info = self._host.unet_info(p)
-            with_terms = [(each, term) for each in run.units if (term := each.term(info)) is not None]
+            terms = [each.term(info) for each in run.units]
         except IPAdapterError as error:
             if seen is None:
                 raise
@@ -168,10 +167,9 @@ class Session:
                 f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
                 f"the unit doesn't fit, so {cure}: {error}"
             ) from error
-        run.acting = [each for each, _ in with_terms]
         run.identity = info.identity
         run.injection = Injection(
-            [term for _, term in with_terms],
+            terms,
             len(info.keys),
             self._host.first_role,
             lambda progress: _check_stops(run, progress),
@@ -185,7 +183,7 @@ class Session:
         if injection is None:
             return
         run.passes += 1
-        for each, acted in zip(run.acting, injection.acted, strict=True):
+        for each, acted in zip(run.units, injection.acted, strict=True):
             if not acted:
                 sentence = _never_acted(each.unit, injection.progress_seen)
                 if run.passes == 1:
@@ -196,7 +194,7 @@ class Session:
 
 def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it."""
-    for each in run.acting:
+    for each in run.units:
         if run.passes == 0 and each.unit.stop < 1 and not Window(0.0, each.unit.stop).contains(first):
             raise IPAdapterError(_never_acted(each.unit, (first, 1.0)))
 

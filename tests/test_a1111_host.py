@@ -193,9 +193,8 @@ def prompts(spec: Spec, seed: int) -> dict[int, tuple[ImageKV, ...]]:
 
 
 def injection_of(specs: Sequence[Spec], window: Window = Window()) -> Injection:  # noqa: B008
-    terms = [Term.weighed(s[0], window, prompts(s, 100 * n), s[1], WIDEST) for n, s in enumerate(specs)]
-    assert None not in terms
-    return Injection([term for term in terms if term is not None], LAYERS, COND)
+    terms = [Term(s[0], window, prompts(s, 100 * n), s[1], WIDEST) for n, s in enumerate(specs)]
+    return Injection(terms, LAYERS, COND)
 
 
 # One UNet call

@@ -59,8 +59,7 @@ def test_whole_unet_output(shape: str, variant: str, pictures: int) -> None:
         COND: tuple(kv(features[n : n + 1]) for n in range(pictures)),
         UNCOND: (kv(no_picture),) * pictures,
     }
-    term = Term.weighed(DECOUPLED, Window(), prompts, WEIGHT, max(widths))
-    assert term is not None
+    term = Term(DECOUPLED, Window(), prompts, WEIGHT, max(widths))
     keys = LAYOUTS[len(widths)]
     current = CurrentPlan(
         Injection([term], len(keys)), lambda _: None, lambda *_: Call((UNCOND, COND), 0.5), first_in_forward_order(keys)

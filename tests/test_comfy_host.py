@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,16 +180,38 @@ def test_a_cell_of_a_grid_raises_and_its_result_so_far_knows(webui: SimpleNamesp
     assert first.extra_generation_params["IP-Adapter error"] == "It can't be done."
 
 
-def test_a_module_that_does_not_fit_on_the_device_is_off_it_again() -> None:
-    moves: list[Any] = []
+class Moving(torch.nn.Linear):
+    """Two weights of which moving to a device makes copies; the device has room for ``room`` of them."""
 
-    class Module(torch.nn.Module):
-        def to(self, *args: Any, **kwargs: Any) -> Any:
-            moves.append(args or kwargs["device"].type)
-            if kwargs:
+    def __init__(self, room: int) -> None:
+        super().__init__(3, 3)
+        self.room = room
+        self.moves: list[str] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            return super().to(**kwargs)
+        self.moves.append(str(args[0]))
+        if args[0] != "cpu":
+            for parameter in list(self.parameters())[: self.room]:
+                parameter.data = parameter.data.clone()
+            if self.room < 2:
                 raise torch.OutOfMemoryError("out of memory")
-            return self
+        return self
 
-    with pytest.raises(torch.OutOfMemoryError):
-        on_device(Module(), torch.device("cuda"), torch.float16, lambda *_: None, lambda: moves.append("released"))
-    assert moves == ["cuda", ("cpu",), "released"]
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_a_module_is_off_the_device_again_and_nothing_is_copied_back(room: int) -> None:
+    module = Moving(room)
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    seen: list[int] = []
+
+    def function(device: torch.device, dtype: torch.dtype) -> None:
+        seen.extend(parameter.data_ptr() for parameter in module.parameters())
+
+    fits = nullcontext() if room == 2 else pytest.raises(torch.OutOfMemoryError)
+    with fits:
+        on_device(module, torch.device("cuda"), torch.float32, function, lambda: module.moves.append("released"))
+    assert module.moves == ["cuda", "cpu", "released"]
+    assert [parameter.data_ptr() for parameter in module.parameters()] == places
+    assert not set(seen) & set(places)

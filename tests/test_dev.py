@@ -160,6 +160,7 @@ def test_a_full_disk_is_refused_before_anything_is_made(free: int, installs_torc
 def test_arguments_go_through_untouched() -> None:
     assert dev.split_arguments(["test", "-k", "a or b", "--", "-x"]) == ("test", ["-k", "a or b", "--", "-x"])
     assert dev.split_arguments(["demo", "--help"]) == ("demo", ["--help"])
+    assert dev.split_arguments(["bench", "--gpu"]) == ("bench", ["--gpu"])
     assert dev.split_arguments(["--help"]) == ("help", [])
 
 
@@ -216,7 +217,10 @@ def test_demo_runs_the_project_from_any_folder_and_leaves_its_arguments_alone(tm
         )
     arguments = ["--image", "my photo.jpg", "--prompt", 'a "quoted" cat', "--out", "o.png"]
     done = subprocess.run(
-        [sys.executable, *dev.demo_arguments(project, arguments)], cwd=elsewhere, capture_output=True, check=True
+        [sys.executable, *dev.module_arguments("tests.embedded.demo", project, arguments)],
+        cwd=elsewhere,
+        capture_output=True,
+        check=True,
     )
     word, name, seen, folder = json.loads(done.stdout)
     assert (word, name, seen) == ("ours", "__main__", arguments)

@@ -33,10 +33,7 @@ def term(formulation: object, weight: float = 0.7, conds: object = (4,), unconds
         COND: tuple(picture(tokens, seed + n) for n, tokens in enumerate(conds)),  # type: ignore[arg-type]
         UNCOND: tuple(picture(tokens, seed + 50 + n) for n, tokens in enumerate(unconds)),  # type: ignore[arg-type]
     }
-    made = Term.weighed(formulation, Window(), prompts, weight, WIDEST)  # type: ignore[arg-type]
-    assert made is not None
-    object.__setattr__(made, "raw", (prompts, weight))  # for the formula; a term keeps only weighed K/V
-    return made
+    return Term(formulation, Window(), prompts, weight, WIDEST)  # type: ignore[arg-type]
 
 
 def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,7 +57,7 @@ def expected(
         keys, values = [ks[row].double().numpy()], [vs[row].double().numpy()]
         added = np.zeros((QUERIES, WIDTH))
         for each in terms:
-            prompts, weight = each.raw  # type: ignore[attr-defined]
+            prompts, weight = each.prompts, each.weight or 0.0
             images = prompts.get(role, ())
             if each.formulation is JOINT:
                 for image in images:
@@ -162,7 +159,7 @@ def test_an_opaque_replacement_gets_the_extended_tokens_or_the_unit_is_refused()
 
 def test_nothing_active_is_idle() -> None:
     early = term(JOINT)
-    injection = Injection([Term(JOINT, Window(0.0, 0.5), early.prompts)], LAYERS)
+    injection = Injection([Term(JOINT, Window(0.0, 0.5), early.prompts, 0.7, WIDEST)], LAYERS)
     assert not plan_for(injection, Call((1, 0), 0.4), 7).idle
     assert plan_for(injection, Call((1, 0), 0.6), 7).idle
     assert plan_for(Injection([term(DECOUPLED, unconds=())], LAYERS), Call((1,), 0.4), 7).idle
@@ -181,20 +178,24 @@ def test_the_same_kind_of_call_is_planned_once() -> None:
 def test_one_uncond_of_several_pictures_is_kept_once() -> None:
     uncond = picture(4, 9)
     prompts = {COND: (picture(4, 1), picture(4, 2)), UNCOND: (uncond, uncond)}
-    weighed = Term.weighed(JOINT, Window(), prompts, 0.5, WIDEST)
-    assert weighed is not None
-    assert weighed.prompts[UNCOND][0] is weighed.prompts[UNCOND][1]
+    one = Term(JOINT, Window(), prompts, 0.5, WIDEST)
     with torch.inference_mode():
-        moved = weighed.on(torch.device("cpu"), torch.float64, UNCOND)
+        moved = one.on(torch.device("cpu"), torch.float64, UNCOND)
+    assert moved.weight is None
     assert moved.prompts[UNCOND][0] is moved.prompts[UNCOND][1]
-    assert torch.equal(moved.prompts[COND][1].keys[1], weighed.prompts[COND][1].keys[1].double())
+    raw = picture(4, 2)
+    k, v = JOINT.weigh(raw.keys[1], raw.values[1], 0.5, WIDTH / WIDEST)
+    assert torch.equal(moved.prompts[COND][1].keys[1], k.double())
+    assert torch.allclose(moved.prompts[COND][1].values[1], v.double(), rtol=0, atol=1e-6)
     assert len({image.keys[0].untyped_storage()._cdata for images in moved.prompts.values() for image in images}) == 1
-    assert moved.prompts[COND][0].keys[0].untyped_storage().nbytes() == 3 * 4 * WIDTH * 8
+    assert moved.prompts[COND][0].keys[0].untyped_storage().nbytes() == 2 * 3 * 4 * WIDTH * 8 * LAYERS
+    assert moved.on(torch.device("cpu"), torch.float64, UNCOND).prompts[COND][1].keys[1].equal(k.double())
 
 
 def test_weight_zero_is_no_term() -> None:
     for formulation in (JOINT, DECOUPLED):
-        assert Term.weighed(formulation, Window(), {COND: (picture(4, 1),)}, 0.0, WIDEST) is None
+        with pytest.raises(ValueError, match="weight 0"):
+            Term(formulation, Window(), {COND: (picture(4, 1),)}, 0.0, WIDEST)
 
 
 def test_another_number_of_layers_is_refused() -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import IPAdapterError
 from ..injection import Injection
-from ..plan import Plan
+from ..plan import KEYS, VALUES, Plan
 from ..progress import progress_of_timestep
 from ..rows import COND, Call
 from ..texts import roles_by_text, step_texts
@@ -193,11 +193,11 @@ class _Hooks:
             plan = self._current(k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
-            return plan.joined[0].keys(layer, k) if plan.joined and plan.uniform else None
+            return plan.joined[0].extend(layer, KEYS, k) if plan.joined and plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
             plan = self._current(v)
-            return plan.joined[0].values(layer, v) if plan.joined and plan.uniform else None
+            return plan.joined[0].extend(layer, VALUES, v) if plan.joined and plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             q, plan = self._q.pop(layer), self._plan

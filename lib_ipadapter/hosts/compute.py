@@ -24,10 +24,13 @@ def on_device(
     for later generations, or in autocast, which would change the precision: neither holds here.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        module.to(dtype=dtype)
+        kept = module.state_dict()
         try:
-            module.to(device=device, dtype=dtype)
+            module.to(device)
             return function(device, dtype)
         finally:
             if device.type != "cpu":
+                module.load_state_dict(kept, assign=True)  # host memory still has them: nothing is copied back
                 module.to("cpu")
                 release()

@@ -10,7 +10,18 @@ the shell around them looks like Forge to an extension: the same modules, callba
 
 from __future__ import annotations
 
-from .host import Host, Result
-from .record import UNetCall
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .host import Host, Result
+    from .record import UNetCall
 
 __all__ = ["Host", "Result", "UNetCall"]
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when asked for: the networks alone (the benchmark's) need none of the packages of a WebUI.
+    if name in __all__:
+        return getattr(import_module(".record" if name == "UNetCall" else ".host", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

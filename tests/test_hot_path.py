@@ -1,0 +1,304 @@
+"""What the way through the layers may do: counted operation by operation, on the meta device, in whole UNet calls.
+
+Time is not measured here (tests/bench does that); but an operation, a transfer or an allocation that comes with the
+number of steps, pictures or rows is what makes time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lib_ipadapter import plan as plan_module
+from lib_ipadapter.attn2 import CurrentPlan, Replacement
+from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
+from lib_ipadapter.hosts import a1111
+from lib_ipadapter.hosts.base import UNetInfo
+from lib_ipadapter.hosts.comfy import _chained
+from lib_ipadapter.injection import Injection, Term
+from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
+from lib_ipadapter.plan import ImageKV, _Beside
+from lib_ipadapter.progress import Window
+from lib_ipadapter.rows import COND, UNCOND, Call
+from tests.bare_model import LAYERS
+
+META = torch.device("meta")
+TEXT, QUERIES, TOKENS = 77, 8, 4
+
+# Operations that move something between devices, or wait for one.
+TRAFFIC = {"_to_copy", "copy_", "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
+
+
+class Operations(TorchDispatchMode):
+    """The operations that run inside, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.allocated = 0
+        """Elements of all results that aren't views."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            [each for each in tree_leaves(tree) if isinstance(each, Tensor)] for tree in ((args, kwargs), result)
+        )
+        places = {each.untyped_storage()._cdata for each in given}
+        new = [each for each in made if each.untyped_storage()._cdata not in places]
+        if new or not made or func._schema.is_mutable:
+            self.counts[func.overloadpacket.__name__] += 1
+            self.allocated += sum(each.numel() for each in new)
+        return result
+
+
+def picture(layout: str) -> ImageKV:
+    return ImageKV(*(tuple(torch.randn(1, TOKENS, width) for _, width in LAYERS[layout]) for _ in "kv"))
+
+
+def injection(
+    layout: str,
+    formulation: Formulation,
+    pictures: int,
+    window: Window = Window(),  # noqa: B008
+    first: int = UNCOND,
+) -> Injection:
+    prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
+    return Injection([Term(formulation, window, prompts, 0.7, 1280)], len(LAYERS[layout]), first)
+
+
+def no_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The host's own attention is none of our operations."""
+    return q
+
+
+class ComfyUNet:
+    """Calls our replacements as a UNet of the ComfyUI line calls them; counts what they do."""
+
+    def __init__(self, layout: str, made: Injection, call: Call) -> None:
+        self.layout = layout
+        self._rows = len(call.roles)
+        self._tokens = max((call.text_tokens or {COND: TEXT}).values())
+        keys = LAYOUTS[len(LAYERS[layout])]
+        current = CurrentPlan(made, lambda extra: extra["sigmas"], lambda *_: call, first_in_forward_order(keys))
+        self._layers: list[tuple[int, Replacement]] = [
+            (LAYERS[layout][n][1], _chained(n, current, no_attention, None, False)) for n in range(len(keys))
+        ]
+
+    def step(self) -> Operations:
+        inputs = {
+            width: [torch.empty(self._rows, n, width, device=META) for n in (QUERIES, self._tokens, self._tokens)]
+            for width, _ in self._layers
+        }
+        sigmas = object()
+        with torch.no_grad(), Operations() as operations:
+            for width, replacement in self._layers:
+                replacement(*inputs[width], {"n_heads": 8, "cond_or_uncond": [1, 0], "sigmas": sigmas})
+        return operations
+
+
+def steady(layout: str, made: Injection, call: Call) -> Operations:
+    """What a UNet call does in the middle of sampling: the same from step to step."""
+    unet = ComfyUNet(layout, made, call)
+    unet.step()
+    operations = unet.step()
+    for _ in range(3):
+        again = unet.step()
+        assert again.counts == operations.counts
+        assert again.allocated == operations.allocated
+    return operations
+
+
+def rows(batch: int) -> tuple[int, ...]:
+    return (UNCOND,) * batch + (COND,) * batch
+
+
+EQUAL = {COND: TEXT, UNCOND: TEXT}
+UNEQUAL = {COND: TEXT, UNCOND: 2 * TEXT}
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+@pytest.mark.parametrize("pictures", [1, 2, 4, 16])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_joint_concatenates_k_and_v(layout: str, pictures: int, batch: int) -> None:
+    """In larger batches the one uncond of several pictures is repeated before, once for all rows."""
+    operations = steady(layout, injection(layout, JOINT, pictures), Call(rows(batch), 0.5, EQUAL))
+    layers, widths = len(LAYERS[layout]), sum(width for _, width in LAYERS[layout])
+    repeated = pictures > 1 and batch > 1
+    assert operations.counts == ({"cat": 2 * layers, "clone": 2 * layers} if repeated else {"cat": 2 * layers})
+    tokens = 2 * batch * (TEXT + pictures * TOKENS) + (pictures * TOKENS if repeated else 0)
+    assert operations.allocated == 2 * tokens * widths
+
+
+@pytest.mark.parametrize("pictures", [1, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unequal_prompts_take_a_constant_number_of_operations(pictures: int, batch: int) -> None:
+    operations = steady("sdxl", injection("sdxl", JOINT, pictures), Call(rows(batch), 0.5, UNEQUAL))
+    # K and V of both groups, and their outputs into one batch
+    assert operations.counts["cat"] == 5 * 70
+    assert operations.counts["clone"] == (2 * 70 if pictures > 1 and batch > 1 else 0)
+    assert set(operations.counts) <= {"cat", "clone"}
+
+
+@pytest.fixture
+def attention_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts an attention of ours as one operation, ``neg``; the meta device has none that is."""
+    monkeypatch.setattr(plan_module, "scaled_dot_product", lambda q, k, v, heads: q.neg())
+
+
+@pytest.mark.usefixtures("attention_is_one")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_decoupled_is_an_attention_and_a_sum(batch: int) -> None:
+    operations = steady("sdxl", injection("sdxl", DECOUPLED, 1), Call(rows(batch), 0.5, EQUAL))
+    assert operations.counts == {"neg": 70, "add": 70}
+
+
+@pytest.mark.usefixtures("attention_is_one")
+@pytest.mark.parametrize("pictures", [2, 4, 16])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_decoupled_with_more_pictures_is_one_for_each_role(pictures: int, batch: int) -> None:
+    """Uncond has the tokens of one picture then, and both sums go into the batch."""
+    operations = steady("sdxl", injection("sdxl", DECOUPLED, pictures), Call(rows(batch), 0.5, EQUAL))
+    assert operations.counts == dict.fromkeys(("neg", "add", "clone", "copy_"), 2 * 70)
+
+
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+@pytest.mark.parametrize("text_tokens", [EQUAL, UNEQUAL])
+@pytest.mark.usefixtures("attention_is_one")
+def test_nothing_is_moved_or_read_in_any_layer(formulation: Formulation, text_tokens: dict[int, int]) -> None:
+    operations = steady("sdxl", injection("sdxl", formulation, 2), Call(rows(2), 0.5, text_tokens))
+    assert not TRAFFIC & set(operations.counts) - ({"copy_"} if formulation is DECOUPLED else set())
+
+
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+def test_outside_its_window_a_unit_does_nothing_at_all(formulation: Formulation) -> None:
+    made = injection("sdxl", formulation, 2, Window(0.6, 0.8))
+    operations = steady("sdxl", made, Call(rows(2), 0.5, EQUAL))
+    assert operations.counts == {}
+    assert made.acted == [False]
+
+
+def storages(images: ImageKV) -> set[int]:
+    return {t.untyped_storage()._cdata for kind in (images.keys, images.values) for t in kind}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pictures: int) -> None:
+    made = injection("sdxl", JOINT, pictures)
+    with torch.inference_mode():
+        plan = made.plan(Call(rows(batch), 0.5, EQUAL), TEXT, torch.device("cpu"), torch.float32)
+    kept = {s for images in made.terms[0].prompts.values() for image in images for s in storages(image)}
+    assert len(kept) == 2  # one for each width
+    held: dict[int, int] = {}
+    for group in plan.joined:
+        for layer in group.layers:
+            for laid_out in layer:
+                of_roles = (laid_out.images,) if isinstance(laid_out, _Beside) else laid_out.by_role.values()
+                for view in (view for views in of_roles for view in views):
+                    held[view.untyped_storage()._cdata] = view.untyped_storage().nbytes()
+    assert set(held) == kept
+    assert sum(held.values()) == 2 * (pictures + 1) * TOKENS * 4 * sum(width for _, width in LAYERS["sdxl"])
+
+
+# The other kind of host
+
+
+class Attention(torch.nn.Module):
+    """As much of an attn2 as A1111's hooks touch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = 8
+        self.to_q, self.to_k, self.to_v = (torch.nn.Identity() for _ in range(3))
+        self.to_out = torch.nn.ModuleList([torch.nn.Identity()])
+        self.width = width
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = self.to_q(q)
+        self.to_k(k)
+        self.to_v(v)
+        return self.to_out[0](q)
+
+
+@pytest.fixture
+def a1111_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Injection, int], Operations]]:
+    """A UNet call through A1111's hooks."""
+    keys = LAYOUTS[70]
+    layers = {key: Attention(width) for key, (_, width) in zip(keys, LAYERS["sdxl"], strict=True)}
+    unet = torch.nn.Identity()
+    monkeypatch.setattr(a1111, "cross_attention", lambda _: layers.items())
+    widths = tuple(layer.width for layer in layers.values())
+    info = UNetInfo(unet, keys, widths, 2048, META, torch.float32)
+    hooks: list[Any] = []
+
+    def step(made: Injection, batch: int) -> Operations:
+        if not hooks:
+            hooks.append(a1111._Hooks(info, made))
+        text = torch.zeros(batch, TEXT, 8)
+        hooks[0].begin_step({COND: text, UNCOND: text})
+        inputs = {w: [torch.empty(2 * batch, n, w, device=META) for n in (QUERIES, TEXT, TEXT)] for w in set(widths)}
+        with torch.no_grad():
+            hooks[0]._before_unet(unet, (torch.empty(2 * batch, 4, 8, 8), torch.full((2 * batch,), 500.0)), {})
+            with Operations() as operations:
+                for layer in layers.values():
+                    layer(*inputs[layer.width])
+        return operations
+
+    yield step
+    hooks[0].remove()
+
+
+@pytest.mark.parametrize("pictures", [1, 4])
+def test_hooks_do_no_more(a1111_step: Callable[[Injection, int], Operations], pictures: int) -> None:
+    made = injection("sdxl", JOINT, pictures, first=COND)
+    a1111_step(made, 2)
+    operations = a1111_step(made, 2)
+    assert operations.counts == {"cat": 2 * 70} | ({"clone": 2 * 70} if pictures > 1 else {})
+    assert a1111_step(made, 2).counts == operations.counts
+
+
+def test_hooks_outside_a_window_do_nothing(a1111_step: Callable[[Injection, int], Operations]) -> None:
+    made = injection("sdxl", JOINT, 2, Window(0.9, 1.0), first=COND)
+    a1111_step(made, 2)
+    assert a1111_step(made, 2).counts == {}
+
+
+# Would it be seen?
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a transfer": lambda t: torch.zeros(t.shape).to(META) + t,
+    "a copy": lambda t: t.clone(),
+    "arithmetic on K and V": lambda t: t * 0.7,
+    "one operation a picture": lambda t: torch.cat([part.clone() for part in t.split(TOKENS, dim=-2)], dim=-2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_layers_is_found_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _Beside.behind
+    monkeypatch.setattr(_Beside, "behind", lambda self, text: FAULTS[fault](original(self, text)))
+    with pytest.raises(AssertionError):
+        test_joint_concatenates_k_and_v("sdxl", 2, 1)
+
+
+def test_growth_from_step_to_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = SimpleNamespace(calls=0)
+    original = _Beside.behind
+
+    def slower(self: _Beside, text: Tensor) -> Tensor:
+        seen.calls += 1
+        for _ in range(seen.calls // 140):
+            text = text.clone()
+        return original(self, text)
+
+    monkeypatch.setattr(_Beside, "behind", slower)
+    with pytest.raises(AssertionError):
+        steady("sdxl", injection("sdxl", JOINT, 1), Call(rows(1), 0.5, EQUAL))
