@@ -18,7 +18,7 @@ from .errors import IPAdapterError
 from .formulations import Formulation
 from .packing import as_one, by_width
 from .plan import ImageKV, Plan, make_plan
-from .progress import Window
+from .progress import Progress, Window, known
 from .rows import UNCOND, Call
 
 Prompts = Mapping[int, tuple[ImageKV, ...]]
@@ -101,7 +101,8 @@ class Injection:
         terms: the units.
         layers: number of cross-attention layers.
         first: the role whose rows the host puts first when both are in one batch.
-        on_first_call: told the progress of the first UNet call; what it raises ends the sampling.
+        on_first_call: told the progress of the first UNet call, if a unit doesn't act in all; what it raises ends the
+            sampling.
     """
 
     def __init__(
@@ -124,11 +125,24 @@ class Injection:
         self._on_first_call = on_first_call
         self.acted = [False] * len(self.terms)
         """Whether each term was active in a UNet call yet."""
-        self.progress_seen: tuple[float, float] | None = None
-        """Progress of the first and of the furthest UNet call; None before there was one."""
+        self.asks_progress = not all(term.window.is_whole for term in self.terms)
+        """Whether what is done depends on a UNet call's progress, so that it has to be known."""
+        self._seen: tuple[Progress, Progress] | None = None
         self._first = first
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
+
+    @property
+    def progress_seen(self) -> tuple[float, float] | None:
+        """Progress of the first and of the furthest UNet call; None before there was one."""
+        if self._seen is None:
+            return None
+        first, last = map(known, self._seen)
+        return first, max(first, last)
+
+    def continue_from(self, before: Injection) -> None:
+        """Takes over what was seen so far of a pass that ``before`` began, on another UNet."""
+        self.acted, self._seen = before.acted, before.progress_seen
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Brings K/V, weighed, where the UNet computes. Called once, before sampling or in its first call."""
@@ -149,11 +163,7 @@ class Injection:
         Raises:
             IPAdapterError: if the number of text tokens doesn't fit what the rows' roles really have.
         """
-        active = tuple(term.window.contains(call.progress) for term in self.terms)
-        if self.progress_seen is None and self._on_first_call is not None:
-            self._on_first_call(call.progress)
-        first, last = self.progress_seen or (call.progress, call.progress)
-        self.progress_seen = (first, max(last, call.progress))
+        active = self._active(call.progress)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
         key = (active, call.roles, text_tokens, real, device, dtype)
@@ -167,3 +177,15 @@ class Injection:
             added = [term.prompts for term in terms if not term.formulation.joins_softmax]
             plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
         return plan
+
+    def _active(self, progress: Progress) -> tuple[bool, ...]:
+        """Which terms act in the UNet call that begins. Its progress isn't found out where that decides nothing."""
+        first, furthest = self._seen or (progress, progress)
+        if not self.asks_progress:
+            self._seen = (first, progress)  # the latest is the furthest, as samplers go
+            return (True,) * len(self.terms)
+        now = known(progress)
+        if self._seen is None and self._on_first_call is not None:
+            self._on_first_call(now)
+        self._seen = (known(first), max(known(furthest), now))
+        return tuple(term.window.contains(now) for term in self.terms)

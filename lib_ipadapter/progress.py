@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,15 @@ LAST_TIMESTEP = 999
 # Sigmas travel through float32, so a timestep comes back with an error of about 1e-5; a threshold that coincides with
 # a call's progress must not be missed by that.
 _SLACK = 1e-6
+
+
+Progress = float | Callable[[], float]
+"""Progress of a UNet call, or what finds it out. That waits for all that the device still has to do."""
+
+
+def known(progress: Progress) -> float:
+    """``progress`` as a number."""
+    return progress() if callable(progress) else progress
 
 
 def progress_of_timestep(timestep: float) -> float:
@@ -65,6 +74,11 @@ class Window:
 
     start: float = 0.0
     stop: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it contains every UNet call."""
+        return self.start <= 0 and self.stop >= 1
 
     def contains(self, progress: float) -> bool:
         """Whether a UNet call at ``progress`` lies in the window."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import IPAdapterError
+from .progress import Progress
 
 COND, UNCOND = 0, 1
 OTHER = 2
@@ -18,7 +19,7 @@ class Call:
 
     roles: tuple[int, ...]
     """``COND``, ``UNCOND`` or ``OTHER`` for every row of the batch."""
-    progress: float
+    progress: Progress
     """0…1 along the noise schedule."""
     text_tokens: Mapping[int, int] | None = None
     """Text tokens that a role really has, where the host repeats shorter prompts; None: nothing is repeated."""

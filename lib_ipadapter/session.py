@@ -175,7 +175,7 @@ class Session:
             lambda progress: _check_stops(run, progress),
         )
         if before is not None:
-            run.injection.acted, run.injection.progress_seen = before.acted, before.progress_seen
+            run.injection.continue_from(before)
         self._host.attach(p, run.injection)
 
     def _after_pass(self, p: Any, run: _Run) -> None:

@@ -29,6 +29,8 @@ from lib_ipadapter.plan import ImageKV, _Beside
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
 from tests.bare_model import LAYERS
+from tests.bench.unets import FAMILIES, Sampling, make_unet
+from tests.bench.variants import Variants
 
 META = torch.device("meta")
 TEXT, QUERIES, TOKENS = 77, 8, 4
@@ -42,9 +44,15 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.order: list[str] = []
+        """Their names, of those that are no views."""
         self.allocated = 0
         """Elements of all results that aren't views."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each ran."""
+        return Counter(self.order)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -54,7 +62,7 @@ class Operations(TorchDispatchMode):
         places = {each.untyped_storage()._cdata for each in given}
         new = [each for each in made if each.untyped_storage()._cdata not in places]
         if new or not made or func._schema.is_mutable:
-            self.counts[func.overloadpacket.__name__] += 1
+            self.order.append(func.overloadpacket.__name__)
             self.allocated += sum(each.numel() for each in new)
         return result
 
@@ -208,6 +216,38 @@ def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pict
     assert sum(held.values()) == 2 * (pictures + 1) * TOKENS * 4 * sum(width for _, width in LAYERS["sdxl"])
 
 
+# Reads of the device
+
+READ = "item"
+
+
+def waits_for_nothing() -> float:
+    raise AssertionError("The progress was found out.")
+
+
+def test_where_every_unit_always_acts_nobody_asks_for_the_progress() -> None:
+    made = injection("sdxl", JOINT, 1)
+    steady("sdxl", made, Call(rows(1), waits_for_nothing, EQUAL))
+    with pytest.raises(AssertionError, match="found out"):
+        steady("sdxl", injection("sdxl", JOINT, 1, Window(0.0, 0.9)), Call(rows(1), waits_for_nothing, EQUAL))
+    with pytest.raises(AssertionError, match="found out"):
+        made.progress_seen  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("window", "reads"), [(Window(), 0), (Window(0.0, 0.9), 1), (Window(0.2, 1.0), 1), (Window(0.9, 1.0), 1)]
+)
+def test_a_step_reads_the_noise_level_before_the_unet_or_not_at_all(window: Window, reads: int) -> None:
+    """Through the class that runs in a Forge. Once the UNet has begun, a read would wait for what it has begun."""
+    family = FAMILIES["small-sd15"]
+    variants = Variants(Sampling(make_unet(family, torch.device("cpu"), torch.float32), family, 1))
+    variants.add_ours("ours", window=window)
+    with Operations() as operations:
+        variants.variants["ours"].step()
+    assert operations.counts[READ] == reads
+    assert not reads or operations.order[0] == READ
+
+
 # The other kind of host
 
 
@@ -246,7 +286,8 @@ def a1111_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Injection,
         hooks[0].begin_step({COND: text, UNCOND: text})
         inputs = {w: [torch.empty(2 * batch, n, w, device=META) for n in (QUERIES, TEXT, TEXT)] for w in set(widths)}
         with torch.no_grad():
-            hooks[0]._before_unet(unet, (torch.empty(2 * batch, 4, 8, 8), torch.full((2 * batch,), 500.0)), {})
+            rows = (torch.empty(2 * batch, 4, 8, 8), torch.full((2 * batch,), 500.0), torch.cat((text, text)))
+            hooks[0]._before_unet(unet, rows, {})
             with Operations() as operations:
                 for layer in layers.values():
                     layer(*inputs[layer.width])

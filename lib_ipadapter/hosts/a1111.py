@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import IPAdapterError
 from ..injection import Injection
 from ..plan import KEYS, VALUES, Plan
-from ..progress import progress_of_timestep
+from ..progress import Progress, known, progress_of_timestep
 from ..rows import COND, Call
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
@@ -170,7 +170,9 @@ class _Hooks:
                 with suppress(IPAdapterError):
                     roles = roles_by_text(context, self._texts, roles)
             self._cursor += rows
-        self._call = Call(roles, progress_of_timestep(float(timesteps[0])))
+        progress: Progress = lambda: progress_of_timestep(float(timesteps[0]))  # noqa: E731
+        # Found out here if at all: the device has less to do before the UNet's first layers are launched than after.
+        self._call = Call(roles, known(progress) if self._injection.asks_progress else progress)
         self._plan = None
 
     def _current(self, text: Tensor) -> Plan:

@@ -16,7 +16,7 @@ from ..errors import ERROR_KEY, IPAdapterError
 from ..injection import Injection
 from ..layers import LayerKey, first_in_forward_order
 from ..plan import Attention
-from ..progress import SigmaSchedule
+from ..progress import SigmaSchedule, scaled_linear_schedule
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
@@ -49,6 +49,8 @@ class ComfyHost(ModelFolders):
         self.name = {"backend": "Forge", "ldm_patched": "Forge (ldm_patched)"}[namespace]
         self._namespace = namespace
         self._step = _Step({}, {})
+        self._schedule = scaled_linear_schedule()
+        self._asks_progress = False
         self._placed: Mapping[tuple[Any, ...], Any] = {}
         """All replacements as our last attaching left them."""
 
@@ -87,6 +89,8 @@ class ComfyHost(ModelFolders):
         unet = _unet(p).clone()
         info = _unet_info(unet)
         injection.to(info.device, info.dtype)
+        model, self._asks_progress = unet.model, injection.asks_progress
+        self._schedule = SigmaSchedule((getattr(model, "predictor", None) or model.model_sampling).sigmas.tolist())
         current = CurrentPlan(
             injection,
             lambda extra_options: extra_options["sigmas"],
@@ -135,14 +139,13 @@ class ComfyHost(ModelFolders):
 
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. These hosts repeat the shorter of two prompts; here is how long each really is."""
-        texts = step_texts(params)
-        self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1})
+        texts, sigmas = step_texts(params), params.sigma
+        progress = self._progress(sigmas) if self._asks_progress else None
+        self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress)
 
     def _reader(self, unet: Any, keys: Sequence[LayerKey]) -> ReadCall:
-        model = unet.model
-        schedule = SigmaSchedule((getattr(model, "predictor", None) or model.model_sampling).sigmas.tolist())
         first_layer = first_in_forward_order(keys)
-        attn2s = dict(cross_attention(model.diffusion_model))
+        attn2s = dict(cross_attention(unet.model.diffusion_model))
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
             chunks = extra_options["cond_or_uncond"]
@@ -154,9 +157,14 @@ class ComfyHost(ModelFolders):
                 to_k: Any = attn2s[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
                 roles = roles_by_text(k, texts)
-            return Call(roles, schedule.progress(float(sigmas[0])), step.text_tokens)
+            # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
+            known = step.progress if sigmas is step.sigmas else None
+            return Call(roles, (lambda: self._progress(sigmas)) if known is None else known, step.text_tokens)
 
         return read
+
+    def _progress(self, sigmas: Tensor) -> float:
+        return self._schedule.progress(float(sigmas[0]))
 
     # The job
 
@@ -297,6 +305,10 @@ class _Step:
     """By role, ``[rows, M, C]``; empty before the first step."""
     left: dict[int, int]
     """Chunks of each role that are still to come."""
+    sigmas: Tensor | None = None
+    """Noise levels of the step's UNet calls, the very tensor."""
+    progress: float | None = None
+    """What follows from them; None: it isn't asked for."""
     beyond: bool = False
     """Whether the running call has more chunks of a role than that: another extension makes it, and may mislabel it."""
 

@@ -129,12 +129,12 @@ class Sampling:
         return Text(cond, uncond, torch.cat(rows))
 
     @torch.inference_mode()
-    def step(self, unet: UnetPatcher, text: Text, before: Callable[[], None] | None = None) -> Tensor:
+    def step(self, unet: UnetPatcher, text: Text, before: Callable[[Tensor], None] | None = None) -> Tensor:
         """One UNet call, and before it what a host lets extensions do in every step."""
-        if before is not None:
-            before()
         sigma = self._sigmas[self._next % self.CALLS].expand(self.batch).contiguous()
         self._next += 1
+        if before is not None:
+            before(sigma)
         options = {**unet.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": sigma}
         return unet.model.apply_model(
             self.x, torch.cat((sigma, sigma)), text.context, y=self.y, transformer_options=options

@@ -168,11 +168,16 @@ class Variants:
             p = job(self.sampling.unet)
             injection = Injection([term], len(self.info.keys), host.first_role)
             host.attach(p, injection)
-            params = SimpleNamespace(x=self.sampling.x[: self.sampling.batch])
-            params.text_cond, params.text_uncond = text.cond, text.uncond
 
-            def before() -> None:
+            def before(sigma: Tensor) -> None:
                 assert host.check(p, injection, self.info.identity)
+                params = SimpleNamespace(
+                    x=self.sampling.x[: self.sampling.batch],
+                    sigma=sigma,
+                    text_cond=text.cond,
+                    text_uncond=text.uncond,
+                    denoiser=SimpleNamespace(sampler=None),
+                )
                 host.on_step(params)
 
             unet = p.sd_model.forge_objects.unet
