@@ -7,14 +7,14 @@ tokens as views laid out for the rows of the batch, so that a layer has nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import IPAdapterError
+from .layout import BOTH, Layout, Rows
 from .packing import as_one, evenly, row
 from .rows import Call
 
@@ -63,86 +63,16 @@ def _index(rows: Sequence[int], total: int, device: torch.device) -> slice | Ten
     return torch.tensor(rows, device=device)
 
 
-KEYS, VALUES = 0, 1
-
-
-class _Beside(NamedTuple):
-    """The image keys, or values, of a few rows in one layer: views over the rows, ``[R, T, C]``, as few as can be."""
-
-    images: tuple[Tensor, ...]
-
-    def behind(self, text: Tensor) -> Tensor:
-        """``text [R, M, C]`` with each row's image tokens behind it, ``[R, M + T, C]``."""
-        return torch.cat((text, *self.images), dim=1)
-
-
-class _RowByRow(NamedTuple):
-    """The same for many rows, and for few that memory doesn't have like that."""
-
-    by_role: Mapping[int, tuple[Tensor, ...]]
-    """Of each unit ``[T of all pictures, C]``, or ``[pictures, T, C]`` where one picture stands for several."""
-    roles: tuple[int, ...]
-    """Of each row."""
-
-    def behind(self, text: Tensor) -> Tensor:
-        """See :meth:`_Beside.behind`; what is repeated is laid out first, by one operation for all rows of a role.
-
-        A device copies whole pieces of memory several times faster than views expanded to a batch.
-        """
-        pieces = {role: [t if t.dim() == 2 else t.flatten(0, 1) for t in each] for role, each in self.by_role.items()}
-        parts: list[Tensor] = []
-        for of_row, role in zip(text.unbind(), self.roles, strict=True):
-            parts.append(of_row)
-            parts += pieces[role]
-        return torch.cat(parts).view(text.shape[0], -1, text.shape[2])
-
-
-MOST_ROWS_BESIDE = 2
-"""In a batch of one the launches are what takes time, and views are fewest; in a larger one the bytes are."""
-
-
-def _laid_out(by_role: Mapping[int, Sequence[Tensor]], roles: tuple[int, ...]) -> _Beside | _RowByRow:
-    """One layer's image keys, or values: of each unit ``[pictures, T, C]`` for each role; ``roles`` of the rows."""
-    if len(roles) <= MOST_ROWS_BESIDE:
-        views = [_beside(unit) for unit in zip(*(by_role[role] for role in roles), strict=True)]
-        if all(views):
-            return _Beside(tuple(view for unit in views for view in unit))
-    pieces = {role: tuple(t.flatten(0, 1) if t.is_contiguous() else t for t in each) for role, each in by_role.items()}
-    return _RowByRow(pieces, roles)
-
-
-def _beside(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Of ``[pictures, T, C]`` for each row views over the rows, ``[R, T', C]``; none if memory doesn't have them."""
-    together = evenly(rows)
-    if together is not None and together[0].is_contiguous():
-        return [together.flatten(1, 2)]
-    views = [evenly(pictures) for pictures in zip(*(of_row.unbind() for of_row in rows), strict=True)]
-    return [] if any(view is None for view in views) else views  # type: ignore[return-value]
-
-
 @dataclass(frozen=True)
-class _Group:
-    """Rows that get equally many text and image tokens, and can therefore share one attention."""
+class _Group(Rows):
+    """Rows that can share one attention."""
 
     index: slice | Tensor | None
-    """Where they stand in the batch; None: they are the whole batch."""
-    text_tokens: int | None
-    """The text tokens to attend to, where the host has more that repeat them; None: all."""
-    layers: tuple[tuple[_Beside | _RowByRow, _Beside | _RowByRow], ...]
-    """Image keys and values of each layer; empty where these rows get none."""
+    """The same as ``numbers``; None: they are the whole batch."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
         return t if self.index is None else t[self.index]
-
-    def real(self, text: Tensor) -> Tensor:
-        """``text`` without repeats."""
-        return text if self.text_tokens is None else text[:, : self.text_tokens]
-
-    def extend(self, layer: int, kind: int, text: Tensor) -> Tensor:
-        """Text ``KEYS`` or ``VALUES`` of these rows, ``[R, M, C]``, with each row's image tokens behind them."""
-        text = self.real(text)
-        return self.layers[layer][kind].behind(text) if self.layers else text
 
 
 def _alike(unit: Images) -> list[Images]:
@@ -153,33 +83,26 @@ def _alike(unit: Images) -> list[Images]:
 
 
 def _groups(
-    roles: Sequence[int], text_tokens: Mapping[int, int | None], joint: Sequence[Images], device: torch.device
+    roles: Sequence[int], text_tokens: Mapping[int, int], units: Sequence[Images], device: torch.device
 ) -> list[_Group]:
     """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
-
-    def tokens(role: int) -> tuple[int, ...]:
-        return tuple(sum(image.tokens for image in unit.get(role, ())) for unit in joint)
-
-    kinds = {role: (text_tokens[role], tokens(role)) for role in set(roles)}
+    image_tokens = {role: sum(image.tokens for unit in units for image in unit.get(role, ())) for role in set(roles)}
+    kinds = [(text_tokens[role], image_tokens[role]) for role in roles]
     groups = []
-    for kind in dict.fromkeys(kinds[role] for role in roles):
-        rows = [row for row, role in enumerate(roles) if kinds[role] == kind]
-        of_rows = tuple(roles[row] for row in rows)
-        units, acting = [unit for unit, count in zip(joint, kind[1], strict=True) if count], set(of_rows)
-        layers = len(units[0][of_rows[0]][0].keys) if units else 0
-        images = tuple(
-            (
-                _laid_out(
-                    {role: [as_one([i.keys[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
-                ),
-                _laid_out(
-                    {role: [as_one([i.values[n][0] for i in of[role]]) for of in units] for role in acting}, of_rows
-                ),
-            )
-            for n in range(layers)
-        )
-        groups.append(_Group(_index(rows, len(roles), device), kind[0], images))
+    for kind in dict.fromkeys(kinds):
+        rows = tuple(row for row, each in enumerate(kinds) if each == kind)
+        groups.append(_Group(rows, tuple(roles[row] for row in rows), *kind, _index(rows, len(roles), device)))
     return groups
+
+
+def _images(role: int, units: Sequence[Images], layer: int) -> list[Tensor]:
+    """K and V in one layer of each unit with pictures for a role: ``[2, pictures, T, C]``, views."""
+    images = [unit[role] for unit in units if unit.get(role)]
+    return [as_one([as_one([kind[layer][0] for kind in kinds]) for kinds in _kinds(each)]) for each in images]
+
+
+def _kinds(images: Sequence[ImageKV]) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    return [image.keys for image in images], [image.values for image in images]
 
 
 @dataclass(frozen=True)
@@ -227,8 +150,14 @@ class Plan:
 
     joined: tuple[_Group, ...]
     """Every row of the batch once; empty when no joint unit acts."""
+    images: tuple[Mapping[int, Sequence[Tensor]], ...]
+    """For each layer, by role, K and V of each unit in ``joined``: ``[2, pictures, T, C]``."""
+    text_tokens: int
+    """Text tokens of the K that the host computes."""
     added: tuple[_Addition, ...]
     """What decoupled units add."""
+    layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    """Those made so far: each is used in many UNet calls."""
 
     @property
     def idle(self) -> bool:
@@ -251,19 +180,11 @@ class Plan:
         if not self.joined:
             out = base(q, k, v, heads)
         elif self.uniform:
-            group = self.joined[0]
-            out = base(q, group.extend(layer, KEYS, k), group.extend(layer, VALUES, v), heads)
+            keys, values = self.extended(layer, BOTH, k, v)[0]
+            out = base(q, keys, values, heads)
         elif replaced is None:
-            parts = [
-                attention(
-                    each.pick(q),
-                    each.extend(layer, KEYS, each.pick(k)),
-                    each.extend(layer, VALUES, each.pick(v)),
-                    heads,
-                )
-                for each in self.joined
-            ]
-            out = self._together(parts)
+            extended = zip(self.joined, self.extended(layer, BOTH, k, v), strict=True)
+            out = self._together([attention(each.pick(q), keys, values, heads) for each, (keys, values) in extended])
         else:
             raise IPAdapterError(
                 "Something else replaces this cross-attention layer (another extension, or an earlier patch_model) "
@@ -276,6 +197,21 @@ class Plan:
     def uniform(self) -> bool:
         """All rows get equally many tokens, so that text and image tokens can stand in one tensor."""
         return len(self.joined) == 1
+
+    def extended(self, layer: int, which: slice, *texts: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each group ``[R, M + T, C]``: its rows' image tokens behind their text; without ``texts`` alone.
+
+        Args:
+            layer: index of the layer.
+            which: ``KEYS``, ``VALUES`` or ``BOTH``; so many are the tensors of a group.
+            texts: of these the text, ``[R, M, C]`` of the whole batch.
+        """
+        key = (layer, which.start, which.stop, bool(texts))
+        layout = self.layouts.get(key)
+        if layout is None:
+            layout = Layout(self.joined, self.images[layer], which, self.text_tokens if texts else 0)
+            self.layouts[key] = layout
+        return layout(*texts)
 
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         """The groups' rows as a batch."""
@@ -300,13 +236,14 @@ class Plan:
         logits, one softmax over both is ``(1 - g) out + g out_image``, ``g = sigmoid(lse_image - lse_text)``. The
         text's logits are computed a second time.
         """
-        for group in self.joined:
-            if not group.layers:
+        if not self.joined:
+            return out
+        for group, (keys, values) in zip(self.joined, self.extended(layer, BOTH), strict=True):
+            if not group.image_tokens:
                 continue
-            rows, no_text = group.pick(out), group.pick(k)[:, :0]
-            keys = group.extend(layer, KEYS, no_text)
-            image = scaled_dot_product(group.pick(q), keys, group.extend(layer, VALUES, no_text), heads)
-            text_lse = _log_sum_exp(group.pick(q), group.real(group.pick(k)), heads)
+            rows = group.pick(out)
+            image = scaled_dot_product(group.pick(q), keys, values, heads)
+            text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
             share = torch.sigmoid(_log_sum_exp(group.pick(q), keys, heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
@@ -342,17 +279,17 @@ def make_plan(
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
     """
-    joined: list[_Group] = []
-    if any(unit.get(role) for unit in joint for role in call.roles):
-        units = [each for unit in joint for each in _alike(unit)]
-        joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device)
+    units = [each for unit in joint for each in _alike(unit) if any(map(each.get, call.roles))]
+    layers = len(next(iter(units[0].values()))[0].keys) if units else 0
+    joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device) if units else ()
+    images = [{role: _images(role, units, layer) for role in set(call.roles)} for layer in range(layers)]
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
-    return Plan(tuple(joined), tuple(additions))
+    return Plan(tuple(joined), tuple(images), text_tokens, tuple(additions))
 
 
-def _real_text_tokens(call: Call, text_tokens: int) -> dict[int, int | None]:
-    """The text tokens of each role in this call where the host repeats them; None: all are real."""
-    real: dict[int, int | None] = {}
+def _real_text_tokens(call: Call, text_tokens: int) -> dict[int, int]:
+    """The text tokens of each role in this call; the host repeats those of shorter prompts."""
+    real: dict[int, int] = {}
     for role in set(call.roles):
         count = (call.text_tokens or {}).get(role, text_tokens)
         if count <= 0 or text_tokens % count:
@@ -360,5 +297,5 @@ def _real_text_tokens(call: Call, text_tokens: int) -> dict[int, int | None]:
                 f"A cross-attention layer sees {text_tokens} text tokens where the prompt has {count}, which is no "
                 "whole number of repeats: switch off the extension that changes the prompt's tokens, or IP-Adapter."
             )
-        real[role] = None if count == text_tokens else count
+        real[role] = count
     return real

@@ -25,7 +25,7 @@ from lib_ipadapter.hosts.base import UNetInfo
 from lib_ipadapter.hosts.comfy import _chained
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
-from lib_ipadapter.plan import ImageKV, _Beside
+from lib_ipadapter.plan import ImageKV, Plan
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
 from tests.bare_model import LAYERS
@@ -135,12 +135,12 @@ UNEQUAL = {COND: TEXT, UNCOND: 2 * TEXT}
 @pytest.mark.parametrize("layout", ["sd15", "sdxl"])
 @pytest.mark.parametrize("pictures", [1, 2, 4, 16])
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_joint_concatenates_k_and_v(layout: str, pictures: int, batch: int) -> None:
-    """In larger batches the one uncond of several pictures is repeated before, once for all rows."""
+def test_joint_is_one_copy_of_k_and_v(layout: str, pictures: int, batch: int) -> None:
+    """The one uncond of several pictures is repeated before, once for all rows."""
     operations = steady(layout, injection(layout, JOINT, pictures), Call(rows(batch), 0.5, EQUAL))
     layers, widths = len(LAYERS[layout]), sum(width for _, width in LAYERS[layout])
-    repeated = pictures > 1 and batch > 1
-    assert operations.counts == ({"cat": 2 * layers, "clone": 2 * layers} if repeated else {"cat": 2 * layers})
+    repeated = pictures > 1
+    assert operations.counts == ({"cat": layers, "clone": layers} if repeated else {"cat": layers})
     tokens = 2 * batch * (TEXT + pictures * TOKENS) + (pictures * TOKENS if repeated else 0)
     assert operations.allocated == 2 * tokens * widths
 
@@ -149,9 +149,9 @@ def test_joint_concatenates_k_and_v(layout: str, pictures: int, batch: int) -> N
 @pytest.mark.parametrize("batch", [1, 3])
 def test_unequal_prompts_take_a_constant_number_of_operations(pictures: int, batch: int) -> None:
     operations = steady("sdxl", injection("sdxl", JOINT, pictures), Call(rows(batch), 0.5, UNEQUAL))
-    # K and V of both groups, and their outputs into one batch
-    assert operations.counts["cat"] == 5 * 70
-    assert operations.counts["clone"] == (2 * 70 if pictures > 1 and batch > 1 else 0)
+    # K and V of both groups together, and their outputs into one batch
+    assert operations.counts["cat"] == 2 * 70
+    assert operations.counts["clone"] == (70 if pictures > 1 else 0)
     assert set(operations.counts) <= {"cat", "clone"}
 
 
@@ -206,12 +206,8 @@ def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pict
     kept = {s for images in made.terms[0].prompts.values() for image in images for s in storages(image)}
     assert len(kept) == 2  # one for each width
     held: dict[int, int] = {}
-    for group in plan.joined:
-        for layer in group.layers:
-            for laid_out in layer:
-                of_roles = (laid_out.images,) if isinstance(laid_out, _Beside) else laid_out.by_role.values()
-                for view in (view for views in of_roles for view in views):
-                    held[view.untyped_storage()._cdata] = view.untyped_storage().nbytes()
+    for view in tree_leaves(plan.images):
+        held[view.untyped_storage()._cdata] = view.untyped_storage().nbytes()
     assert set(held) == kept
     assert sum(held.values()) == 2 * (pictures + 1) * TOKENS * 4 * sum(width for _, width in LAYERS["sdxl"])
 
@@ -324,22 +320,26 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_layers_is_found_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = _Beside.behind
-    monkeypatch.setattr(_Beside, "behind", lambda self, text: FAULTS[fault](original(self, text)))
+    original = Plan.extended
+
+    def faulty(self: Plan, *args: Any) -> Any:
+        return [tuple(FAULTS[fault](t) for t in kinds) for kinds in original(self, *args)]
+
+    monkeypatch.setattr(Plan, "extended", faulty)
     with pytest.raises(AssertionError):
-        test_joint_concatenates_k_and_v("sdxl", 2, 1)
+        test_joint_is_one_copy_of_k_and_v("sdxl", 2, 1)
 
 
 def test_growth_from_step_to_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = SimpleNamespace(calls=0)
-    original = _Beside.behind
+    original = Plan.extended
 
-    def slower(self: _Beside, text: Tensor) -> Tensor:
+    def slower(self: Plan, layer: int, which: slice, *texts: Tensor) -> Any:
         seen.calls += 1
-        for _ in range(seen.calls // 140):
-            text = text.clone()
-        return original(self, text)
+        for _ in range(seen.calls // 70):
+            texts = tuple(text.clone() for text in texts)
+        return original(self, layer, which, *texts)
 
-    monkeypatch.setattr(_Beside, "behind", slower)
+    monkeypatch.setattr(Plan, "extended", slower)
     with pytest.raises(AssertionError):
         steady("sdxl", injection("sdxl", JOINT, 1), Call(rows(1), 0.5, EQUAL))

@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import IPAdapterError
 from ..injection import Injection
-from ..plan import KEYS, VALUES, Plan
+from ..layout import KEYS, VALUES
+from ..plan import Plan
 from ..progress import Progress, known, progress_of_timestep
 from ..rows import COND, Call
 from ..texts import roles_by_text, step_texts
@@ -195,11 +196,11 @@ class _Hooks:
             plan = self._current(k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
-            return plan.joined[0].extend(layer, KEYS, k) if plan.joined and plan.uniform else None
+            return plan.extended(layer, KEYS, k)[0][0] if plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
             plan = self._current(v)
-            return plan.joined[0].extend(layer, VALUES, v) if plan.joined and plan.uniform else None
+            return plan.extended(layer, VALUES, v)[0][0] if plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             q, plan = self._q.pop(layer), self._plan
