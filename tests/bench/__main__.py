@@ -39,12 +39,12 @@ class Case:
 
 
 GPU_CASES: Mapping[str, Case] = {
-    "sdxl-b1": Case("sdxl", 1, (1, 2, 4, 8, 16), True, 41, 4, 110),
-    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 41, 2, 240),
-    "sdxl-b2": Case("sdxl", 2, (1, 4, 16), False, 21, 3, 50),
-    "sdxl-b8": Case("sdxl", 8, (1, 4, 16), False, 15, 2, 80),
-    "sd15-b1": Case("sd15", 1, (1, 2, 4, 8, 16), True, 41, 8, 70),
-    "sd15-b4": Case("sd15", 4, (1, 4, 16), True, 41, 6, 60),
+    "sdxl-b1": Case("sdxl", 1, (1, 2, 4, 8, 16), True, 400, 2, 200),
+    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 200, 2, 280),
+    "sdxl-b2": Case("sdxl", 2, (1, 4, 16), False, 15, 2, 30),
+    "sdxl-b8": Case("sdxl", 8, (1, 4, 16), False, LEAST_ROUNDS, 2, 60),
+    "sd15-b1": Case("sd15", 1, (1, 2, 4, 8, 16), True, 400, 4, 80),
+    "sd15-b4": Case("sd15", 4, (1, 4, 16), True, 40, 4, 40),
 }
 CPU_CASES: Mapping[str, Case] = {"sd15-256-b1": Case("sd15-256", 1, (1, 4), False, 15, 2, 600)}
 SMALL_CASES: Mapping[str, Case] = {
@@ -85,7 +85,7 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     family = FAMILIES[case.family]
     sampling = Sampling(make_unet(family, device, dtype), family, case.batch)
-    made = make_variants(sampling, case.pictures, case.peers)
+    made = make_variants(sampling, case.pictures, case.peers, targets(case))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = measure(made.variants, case.rounds, case.steps, synchronize, case.seconds)
     asked = {}

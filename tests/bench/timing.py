@@ -24,7 +24,7 @@ class Variant:
     baseline: str = "no adapter"
     """The variant that its ratio is taken to."""
     few: bool = False
-    """Takes part in the first ``LEAST_ROUNDS`` rounds alone: what is far off needs no more."""
+    """Takes part in the first ``LEAST_ROUNDS`` rounds alone: no target is set for it, or it is far off."""
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered around the steps, outside of the measured time."""
 
@@ -53,8 +53,9 @@ def measure(
     """Times every variant once a round, in an order drawn anew each round.
 
     Args:
-        rounds, steps: how many, and UNet calls in each; ``LEAST_ROUNDS`` are run even when ``seconds`` are over.
+        rounds, steps: how many, and UNet calls in each.
         synchronize: waits for the device.
+        seconds: when they are over, the round that runs is the last, but ``LEAST_ROUNDS`` are run in any case.
     """
     for variant in variants.values():
         with variant.around():
@@ -83,7 +84,6 @@ def measure(
 
 def _milliseconds(variant: Variant, steps: int, synchronize: Callable[[], None]) -> float:
     with variant.around():
-        variant.step()  # caches and the allocator as they are in the middle of sampling
         synchronize()
         start = time.perf_counter()
         for _ in range(steps):
