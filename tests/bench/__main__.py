@@ -7,6 +7,7 @@ import gc
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .launches import launches
 from .plot import draw
 from .preparation import measure_preparation
 from .tables import markdown
-from .timing import LEAST_ROUNDS, Times, measure, over, points
+from .timing import LEAST_ROUNDS, Times, measure, on_one_core, over, points
 from .unets import FAMILIES, Sampling, make_unet
 from .variants import make_variants
 
@@ -39,11 +40,11 @@ class Case:
 
 
 GPU_CASES: Mapping[str, Case] = {
-    "sdxl-b1": Case("sdxl", 1, (1, 2, 4, 8, 16), True, 400, 2, 200),
-    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 200, 2, 280),
+    "sdxl-b1": Case("sdxl", 1, (1, 2, 4, 8, 16), True, 400, 2, 150),
+    "sdxl-b4": Case("sdxl", 4, (1, 2, 4, 8, 16), True, 200, 2, 210),
     "sdxl-b2": Case("sdxl", 2, (1, 4, 16), False, 15, 2, 30),
     "sdxl-b8": Case("sdxl", 8, (1, 4, 16), False, LEAST_ROUNDS, 2, 60),
-    "sd15-b1": Case("sd15", 1, (1, 2, 4, 8, 16), True, 400, 4, 80),
+    "sd15-b1": Case("sd15", 1, (1, 2, 4, 8, 16), True, 400, 4, 60),
     "sd15-b4": Case("sd15", 4, (1, 4, 16), True, 40, 4, 40),
 }
 CPU_CASES: Mapping[str, Case] = {"sd15-256-b1": Case("sd15-256", 1, (1, 4), False, 15, 2, 600)}
@@ -87,7 +88,8 @@ def run_case(case: Case, device: torch.device) -> dict[str, Any]:
     sampling = Sampling(make_unet(family, device, dtype), family, case.batch)
     made = make_variants(sampling, case.pictures, case.peers, targets(case))
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = measure(made.variants, case.rounds, case.steps, synchronize, case.seconds)
+    with on_one_core() if device.type == "cuda" else nullcontext():
+        times = measure(made.variants, case.rounds, case.steps, synchronize, case.seconds)
     asked = {}
     if device.type == "cuda":
         for name, variant in made.variants.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,20 @@ class Summary:
     low: float
     high: float
     rounds: int
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keeps this thread, which launches what a GPU does, where it is, so that moving it doesn't scatter the times."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def measure(
