@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .errors import IPAdapterError
 from .formulations import Formulation
-from .packing import as_one, by_width
 from .plan import ImageKV, Plan, make_plan
 from .progress import Progress, Window, known
 from .rows import UNCOND, Call
@@ -62,11 +61,10 @@ class Term:
             return []
         counts = [image.tokens for image in images]
         keys, values = ([list(getattr(image, kind)) for image in images] for kind in ("keys", "values"))
-        for numbers in by_width(images[0].keys).values():
-            k, v = (
-                torch.cat([as_one([one[n][0] for n in numbers]).to(device) for one in kind], dim=1)
-                for kind in (keys, values)
-            )
+        for stacks in zip(*(image.stacks for image in images), strict=True):
+            numbers = stacks[0].layers
+            k = torch.cat([stack.keys.to(device) for stack in stacks], dim=1)
+            v = torch.cat([stack.values.to(device) for stack in stacks], dim=1)
             if self.weight is not None:
                 k, v = self._weighed(k, v, counts)
             both = torch.stack((k, v), dim=1).to(dtype)  # [layers, 2, tokens of all pictures, C]

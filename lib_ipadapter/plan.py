@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 
 from .errors import IPAdapterError
 from .layout import BOTH, Layout, Rows
-from .packing import as_one, evenly, row
+from .packing import as_one, by_width, evenly, row
 from .rows import Call
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -30,6 +32,14 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _split_heads(t: Tensor, heads: int) -> Tensor:
     return t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2)
+
+
+class Stack(NamedTuple):
+    """K and V of all layers of one width, ``[layers, T, C]`` each, and the layers' numbers."""
+
+    layers: list[int]
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,14 @@ class ImageKV:
     def tokens(self) -> int:
         """Image tokens T."""
         return int(self.keys[0].shape[1])
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """K and V as few large tensors: views, if memory has those of one width side by side."""
+        return [
+            Stack(layers, *(as_one([kind[n][0] for n in layers]) for kind in (self.keys, self.values)))
+            for layers in by_width(self.keys).values()
+        ]
 
 
 Images = Mapping[int, tuple[ImageKV, ...]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -49,7 +50,8 @@ class ComfyHost(ModelFolders):
         self.name = {"backend": "Forge", "ldm_patched": "Forge (ldm_patched)"}[namespace]
         self._namespace = namespace
         self._step = _Step({}, {})
-        self._schedule = scaled_linear_schedule()
+        self._schedule = scaled_linear_schedule
+        """The model's, read off the device when it is first asked for."""
         self._asks_progress = False
         self._placed: Mapping[tuple[Any, ...], Any] = {}
         """All replacements as our last attaching left them."""
@@ -89,8 +91,9 @@ class ComfyHost(ModelFolders):
         unet = _unet(p).clone()
         info = _unet_info(unet)
         injection.to(info.device, info.dtype)
-        model, self._asks_progress = unet.model, injection.asks_progress
-        self._schedule = SigmaSchedule((getattr(model, "predictor", None) or model.model_sampling).sigmas.tolist())
+        predictor: Any = getattr(unet.model, "predictor", None) or unet.model.model_sampling
+        self._schedule = cache(lambda: SigmaSchedule(predictor.sigmas.tolist()))
+        self._asks_progress = injection.asks_progress
         current = CurrentPlan(
             injection,
             lambda extra_options: extra_options["sigmas"],
@@ -145,7 +148,6 @@ class ComfyHost(ModelFolders):
 
     def _reader(self, unet: Any, keys: Sequence[LayerKey]) -> ReadCall:
         first_layer = first_in_forward_order(keys)
-        attn2s = dict(cross_attention(unet.model.diffusion_model))
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
             chunks = extra_options["cond_or_uncond"]
@@ -154,7 +156,7 @@ class ComfyHost(ModelFolders):
             if layer == first_layer:
                 step.count(chunks)
             if step.beyond and len(set(chunks)) == 1 and step.texts:
-                to_k: Any = attn2s[keys[layer]].to_k
+                to_k: Any = dict(cross_attention(unet.model.diffusion_model))[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
                 roles = roles_by_text(k, texts)
             # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
@@ -164,7 +166,7 @@ class ComfyHost(ModelFolders):
         return read
 
     def _progress(self, sigmas: Tensor) -> float:
-        return self._schedule.progress(float(sigmas[0]))
+        return self._schedule().progress(float(sigmas[0]))
 
     # The job
 

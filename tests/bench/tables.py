@@ -18,8 +18,11 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _case(case: Mapping[str, Any]) -> Iterator[str]:
-    yield "| | ms/step | over no adapter, % | above plain, points | rounds | kernels | waits | held, MB (K/V) |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| | ms/step | over no adapter, % | above plain, points | rounds | device busy, ms | kernels | waits "
+        "| held, MB (K/V) |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
     for name, row in case["variants"].items():
         asked = row.get("a step on the device", {})
         held = f"{row['held bytes'] / 1e6:.1f}" if row.get("held bytes") else ""
@@ -31,6 +34,7 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
             "" if row["over"] == name else _interval(row["percent"]),
             _interval(row["above plain"]) if "above plain" in row else "",
             row["percent"]["rounds"],
+            f"{asked['device ms']:.1f}" if asked else "",
             asked.get("kernels", ""),
             asked.get("waits", ""),
             held,
