@@ -57,6 +57,11 @@ OTHER_FILES = (
         "put it into models/ControlNet",
     ),
     _row(
+        r"\A(lora_unet_\w+_attn[12]_to_(q|k|v|out_0)\.(lora_(up|down)\.weight|alpha)(\n|\Z))+\Z",
+        "a LoRA of attention layers alone, such as that of a FaceID adapter",
+        "put it into models/Lora and call it from the prompt",
+    ),
+    _row(
         r"^lora_(unet|te\d?|transformer|prior)_|\.lora_(up|down|A|B)\.|_lora\.(up|down)\.weight|"
         r"\.lora\.(up|down)\.|\.(hada_w1_a|lokr_w1|oft_blocks)$",
         "a LoRA",
