@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -210,7 +211,7 @@ def test_an_adapter_runs_with_its_encoder_and_equals_the_reference(
     path = hosts.models / "ipadapter" / "0.pt"
     write(adapter, path, name in PICKLED)
     prepared: list[Any] = []
-    preparer: Any = __import__("sd_image_prompt.preparer", fromlist=["Preparer"]).Preparer
+    preparer: Any = importlib.import_module("sd_image_prompt.preparer").Preparer
     prepare_unit = preparer.prepare
 
     def watched(self: Any, *args: Any) -> Any:
