@@ -34,6 +34,8 @@ OTHER_ADAPTERS = (
         "a PuLID adapter",
         FACE_ADVICE,
     ),
+    _row(r"^id_encoder\.", "a PhotoMaker adapter", ADVICE),
+    _row(r"^redux_(up|down)\.", "a Redux adapter for Flux", ADVICE),
     _row(r"(^|\.)perceiver_resampler\.", "a FaceID-plus adapter", FACE_ADVICE),
     _row(r"^(ip_adapter|adapter_modules)\.\d+\.to_(q|k|v|out)_lora\.", "a FaceID adapter", FACE_ADVICE),
 )
@@ -50,6 +52,11 @@ OTHER_FILES = (
         r"^zero_convs\.|^lllite_",
         "a ControlNet",
         "put it into models/ControlNet and use it in ControlNet",
+    ),
+    _row(
+        r"(^|\.)motion_modules\.\d+\.",
+        "a motion module",
+        "put it into the folder of the AnimateDiff extension",
     ),
     _row(
         r"^(adapter\.)?body\.\d+\.(resnets|block\d)\.|^style_embedding$",

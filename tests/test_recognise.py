@@ -365,6 +365,9 @@ ELSEWHERE = [
     (["string_to_param.*"], "a textual inversion", "embeddings"),
     (["model.1.sub.0.RDB1.conv1.0.weight"], "an upscaler", "folder"),
     (["image_proj.mapping_0.0.weight", "ip_adapter.1.to_k_ip.weight"], "a PuLID adapter", "face"),
+    (["id_encoder.vision_model.pre_layrnorm.weight", "lora_weights.x.to_q_lora.up.weight"], "a PhotoMaker", "choose"),
+    (["redux_up.weight", "redux_down.weight"], "a Redux adapter for Flux", "choose a base"),
+    (["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"], "a motion module", "AnimateDiff"),
     (["id_adapter.body.0.weight"], "a PuLID adapter", "face"),
     (["data"], "a file of ready image tokens", "negative"),
 ]
