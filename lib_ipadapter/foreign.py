@@ -34,6 +34,8 @@ OTHER_ADAPTERS = (
         "a PuLID adapter",
         FACE_ADVICE,
     ),
+    _row(r"^id_encoder\.", "a PhotoMaker adapter", ADVICE),
+    _row(r"^redux_(up|down)\.", "a Redux adapter for Flux", ADVICE),
     _row(r"(^|\.)perceiver_resampler\.", "a FaceID-plus adapter", FACE_ADVICE),
     _row(r"^(ip_adapter|adapter_modules)\.\d+\.to_(q|k|v|out)_lora\.", "a FaceID adapter", FACE_ADVICE),
 )
@@ -52,9 +54,19 @@ OTHER_FILES = (
         "put it into models/ControlNet and use it in ControlNet",
     ),
     _row(
+        r"(^|\.)motion_modules\.\d+\.",
+        "a motion module",
+        "put it into the folder of the AnimateDiff extension",
+    ),
+    _row(
         r"^(adapter\.)?body\.\d+\.(resnets|block\d)\.|^style_embedding$",
         "a T2I-Adapter",
         "put it into models/ControlNet",
+    ),
+    _row(
+        r"\A(lora_unet_\w+_attn[12]_to_(q|k|v|out_0)\.(lora_(up|down)\.weight|alpha)(\n|\Z))+\Z",
+        "a LoRA of attention layers alone, such as that of a FaceID adapter",
+        "put it into models/Lora and call it from the prompt",
     ),
     _row(
         r"^lora_(unet|te\d?|transformer|prior)_|\.lora_(up|down|A|B)\.|_lora\.(up|down)\.weight|"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .encoding import NEGATIVE_KEY
 from .errors import IPAdapterError
-from .recognise import AdapterKind, EncoderKind, encoder_needed, recognise_adapter, recognise_encoder
+from .recognise import ENCODER_FILES, AdapterKind, EncoderKind, encoder_needed, recognise_adapter, recognise_encoder
 from .tensorfile import TensorInfo, open_tensors
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -46,7 +46,11 @@ class Library:
         self._known: dict[str, _Known] = {}
 
     def adapters(self) -> dict[str, AdapterKind]:
-        """Every adapter by the name that units use: its path inside its folder, with forward slashes."""
+        """Every adapter by the name that units use: its path inside its folder, with forward slashes.
+
+        Where an earlier folder has a file of that name already, as much of the later folder's path as tells them apart
+        stands before it: ``ControlNet/style.safetensors``. The name of the first file stays what it was.
+        """
         return {name: kind for name, path in self._files(self._adapter_folders()) if (kind := self._look(path).adapter)}
 
     def negatives(self) -> list[str]:
@@ -96,15 +100,16 @@ class Library:
                 return path
         raise IPAdapterError(
             f"The adapter ({kind.description}) needs the image encoder {needed}, and none of it is in "
-            f"{_names(folders)}: put the encoder's file in one of these folders."
+            f"{_names(folders)}: put {_file_to_get(needed)} into one of these folders, under any name."
         )
 
     def _find(self, name: str, what: str, folders: Iterable[Path], listed: Callable[[], Iterable[str]]) -> Path:
         folders = list(folders)
         files = dict(self._files(folders))
-        for candidate, path in files.items():
-            if name in (candidate, candidate.rpartition(".")[0]):
-                return path
+        by_stem = {candidate.rpartition(".")[0]: path for candidate, path in reversed(files.items())}
+        path = files.get(name) or by_stem.get(name)
+        if path is not None:
+            return path
         choices = list(listed())
         near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or choices[:3]
         hint = f"choose one of those there, such as {', '.join(near)}" if near else "put one there"
@@ -113,18 +118,13 @@ class Library:
     def _files(self, folders: Iterable[Path]) -> list[tuple[str, Path]]:
         found: dict[str, Path] = {}
         for folder in folders:
-            visited: set[str] = set()  # links may lead back to a folder above
-            for parent, subfolders, names in os.walk(folder, followlinks=True):
-                real = os.path.realpath(parent)
-                if real in visited:
-                    subfolders.clear()
-                    continue
-                visited.add(real)
-                subfolders.sort(key=str.lower)
-                for name in sorted(names, key=str.lower):
-                    if name.lower().endswith(SUFFIXES):
-                        path = Path(parent, name)
-                        found.setdefault(path.relative_to(folder).as_posix(), path)
+            for path in _model_files(folder):
+                for name in _names_of(path, folder):
+                    if name not in found:
+                        found[name] = path
+                        break
+                    if _same(found[name], path):
+                        break
         return list(found.items())
 
     def _look(self, path: Path) -> _Known:
@@ -156,6 +156,54 @@ def _recognised(recognise: Callable[[Tensors], Kind], tensors: Tensors) -> Kind 
         return recognise(tensors)
     except IPAdapterError:
         return None
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    """In a folder and all below it; what can't be read is passed over."""
+    visited: set[str] = set()  # links may lead back to a folder above
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders.sort(key=str.lower)
+        for name in sorted(names, key=str.lower):
+            path = Path(parent, name)
+            if name.lower().endswith(SUFFIXES) and _is_text(str(path)):
+                yield path
+
+
+def _is_text(name: str) -> bool:
+    """Whether neither page nor API chokes on a name; a file system may have any bytes in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _names_of(path: Path, folder: Path) -> Iterator[str]:
+    """What a file may be called, from the shortest to its whole path, which is no other file's."""
+    name = path.relative_to(folder).as_posix()
+    yield name
+    for parent in (folder, *folder.parents):
+        name = f"{parent.name}/{name}"
+        yield name
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _file_to_get(encoder: str) -> str:
+    public = ENCODER_FILES.get(encoder)
+    if public is None:
+        return "its file"
+    return f"{public.file} of {public.repository} ({public.size})"
 
 
 def _names(folders: Iterable[Path]) -> str:

@@ -1,6 +1,7 @@
 """What a model file is, told by the names and shapes of its tensors and by nothing else.
 
-Public names: :func:`recognise_adapter`, :func:`recognise_encoder`, :func:`encoder_needed`, :data:`ENCODERS`.
+Public names: :func:`recognise_adapter`, :func:`recognise_encoder`, :func:`encoder_needed`, :data:`ENCODERS`,
+:data:`ENCODER_FILES`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,24 @@ ENCODERS = (
 )
 """The image encoders that public adapters were trained with (and a tiny one)."""
 
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """Where the public file of an image encoder is on the hub, and how large it is, in words."""
+
+    repository: str
+    file: str
+    size: str
+
+
+ENCODER_FILES = {
+    "ViT-H/14": EncoderFile("h94/IP-Adapter", "models/image_encoder/model.safetensors", "2.5 GB"),
+    "ViT-bigG/14": EncoderFile("h94/IP-Adapter", "sdxl_models/image_encoder/model.safetensors", "3.7 GB"),
+    "ViT-L/14": EncoderFile("openai/clip-vit-large-patch14", "model.safetensors", "about 1.7 GB"),
+    "ViT-L/14-336": EncoderFile("openai/clip-vit-large-patch14-336", "pytorch_model.bin", "about 1.7 GB"),
+}
+"""The file to get for each encoder by name; the last two have a text tower as well, which isn't read."""
+
 _NEEDED = {
     ("image_embeds", 1024): "ViT-H/14",
     ("image_embeds", 1280): "ViT-bigG/14",
@@ -92,8 +111,9 @@ class AdapterKind:
     """An image-prompt adapter.
 
     Attributes:
-        family: ``sd15``, ``sd2`` or ``sdxl``: the UNets whose layer layout it has.
-        variant: ``base`` (light too), ``plus`` (plus-face and composition too) or ``full-face``.
+        family: ``sd15``, ``sd2``, ``sdxl`` or ``kolors`` (whose UNet has SDXL's layers): what it was trained for.
+        variant: ``base`` (light too), ``plus`` (plus-face and composition too) or ``full-face``. Those that share a
+            name here have the same tensors and the same computation, so nothing depends on which of them a file is.
         tokens: image tokens that a picture becomes.
         context_width: width of an image token, which is the UNet's text context width.
         layer_widths: width of every cross-attention layer, in the file's order.
@@ -123,7 +143,7 @@ class AdapterKind:
         return f"{_FAMILY_WORDS[self.family]} · {self.variant} · {self.tokens} tokens · needs CLIP {encoder}"
 
 
-_FAMILY_WORDS = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
+_FAMILY_WORDS = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL", "kolors": "Kolors"}
 
 _UNSUPPORTED = "which doesn't work here"
 
@@ -281,17 +301,12 @@ _REFUSALS = (
         "an InstantID or FaceID-portrait adapter",
         FACE_ADVICE,
     ),
-    _Refusal(
-        lambda p, variant, layers: (
-            (variant, layers, p.embedding_width) == ("plus", 70, 1024) and p.shapes["latents"][-1] == 2048
-        ),
-        "an IP-Adapter for Kolors",
-        ADVICE,
-    ),
 )
 
 _LAYER_COUNTS = {16: "sd15", 70: "sdxl"}
 _SD2_CONTEXT = 1024
+_KOLORS_EMBEDDING, _KOLORS_LATENTS = 1024, 2048
+"""Only Kolors' plus adapter, among those with SDXL's layers, has a resampler of these widths."""
 
 
 @dataclass(frozen=True)
@@ -379,9 +394,9 @@ def recognise_adapter(tensors: Tensors, name: str = "This file") -> AdapterKind:
     projection_group.forbid_others(projection.shapes, what)
     _check_layers(layers, widths, projection.context_width, what)
     _encoder_by_width(name, row.output, projection.embedding_width)
-    family = _LAYER_COUNTS[len(widths)]
+    _check_dtypes(name, prefixes, tensors)
     return AdapterKind(
-        family="sd2" if family == "sd15" and projection.context_width == _SD2_CONTEXT else family,
+        family=_family(projection, len(widths)),
         variant=row.variant,
         tokens=projection.tokens,
         context_width=projection.context_width,
@@ -393,6 +408,25 @@ def recognise_adapter(tensors: Tensors, name: str = "This file") -> AdapterKind:
         image_proj_prefix=prefixes[0],
         ip_adapter_prefix=prefixes[1],
     )
+
+
+def _family(projection: _Projection, layers: int) -> str:
+    family = _LAYER_COUNTS[layers]
+    if family == "sd15" and projection.context_width == _SD2_CONTEXT:
+        return "sd2"
+    latents = projection.shapes.get("latents", (0,))[-1]
+    if family == "sdxl" and (projection.embedding_width, latents) == (_KOLORS_EMBEDDING, _KOLORS_LATENTS):
+        return "kolors"
+    return family
+
+
+def _check_dtypes(name: str, prefixes: tuple[str, str], tensors: Tensors) -> None:
+    for key, info in tensors.items():
+        if key.startswith(prefixes) and not info.dtype.is_floating_point:
+            raise IPAdapterError(
+                f"{name} holds the tensor {key} as {str(info.dtype).removeprefix('torch.')}, where weights are "
+                "floating-point numbers: download it again."
+            )
 
 
 def _adapter_prefixes(tensors: Tensors) -> tuple[str, str] | None:

@@ -59,6 +59,11 @@ class Session:
         """Names of the adapters on disk."""
         return sorted(self._library.adapters(), key=str.lower)
 
+    def describe(self, name: str) -> str:
+        """What the adapter of this name is, see :attr:`.recognise.AdapterKind.description`; '' if there is none."""
+        kind = self._library.adapters().get(name)
+        return kind.description if kind is not None else ""
+
     def encoders(self) -> list[str]:
         """Names of the image encoders on disk."""
         return sorted(self._library.encoders(), key=str.lower)

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from .errors import IPAdapterError
 from .pickles import ZIP_MAGIC, StoredTensor, index_legacy, index_zip, looks_like_pickle, read_stored
 
-MAX_HEADER = 64 * 1024**2
-"""Bytes of a safetensors header that are read; the largest public ones have some hundred thousand."""
+MAX_HEADER = 4 * 1024**2
+"""Bytes of a safetensors header that are read: a second's work at worst; the largest public ones have some hundred
+thousand, and those of LoRAs with all their training data a million or two."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str,
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER or 8 + length > size:
-        raise _damaged(name, f"its header claims {length} bytes and the file has {size}")
+        limits = f"the file has {size} and at most {MAX_HEADER} are read"
+        raise _damaged(name, f"its header claims {length} bytes, {limits}")
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

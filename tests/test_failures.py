@@ -20,7 +20,9 @@ from PIL import Image
 from tests.embedded import Host
 from tests.embedded.demo_models import DemoModels
 from tests.embedded_hosts import request, unit
+from tests.mutations import hidden
 from tests.photos import base64_photo, photo
+from tests.tricks import TRICKS
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,31 @@ def test_models(
     assert sorted(models.models_path.rglob("*.corrupted")) == []
     assert not Path("evil-was-here").exists()
     assert client.post("/sdapi/v1/txt2img", json=request()).json()["images"][0] == plain
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_pickles_that_run_something(
+    client: TestClient, models: DemoModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trick: str
+) -> None:
+    def entered(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an unpickler was entered")
+
+    for module, names in ((torch, ("load",)), (torch.jit, ("load",)), (pickle, ("load", "loads", "Unpickler"))):
+        for name in names:
+            monkeypatch.setattr(module, name, entered)
+    monkeypatch.chdir(tmp_path)
+    for container, data in hidden(TRICKS[trick]).items():
+        path = models.models_path / "ipadapter" / f"{container}.bin"
+        path.write_bytes(data)
+        before = path.stat()
+        try:
+            sentence = refused(client, request(unit() | {"model": path.name}))
+            assert f"{path.name} asks to run" in sentence or (container == "bare" and "is neither" in sentence)
+            assert path.name not in client.get("/ip-adapter/models").text
+            assert path.read_bytes() == data and path.stat().st_mtime_ns == before.st_mtime_ns
+        finally:
+            path.unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 JPEG = base64.b64decode(encoded(photo("coffee"), "JPEG"))

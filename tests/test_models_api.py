@@ -94,3 +94,9 @@ def test_the_pages_refresh_button_lists_anew(own_host: Host, folder: Path, model
     shutil.copy(models.plus["sd15"], folder / "ipadapter")
     save_file({NEGATIVE_KEY: torch.zeros(1, 4, 64)}, folder / "ipadapter" / "none.safetensors")
     assert refresh() == ([BASE["name"], PLUS["name"]], ["none.safetensors"])
+
+
+def test_the_page_says_what_the_first_adapter_is(own_host: Host) -> None:
+    props = [part["props"] for part in own_host.page.blocks.config["components"]]
+    kinds = [each["value"] for each in props if str(each.get("elem_id")).endswith("unit_1_kind")]
+    assert kinds and all(BASE["kind"] in each for each in kinds)

@@ -51,6 +51,7 @@ SUPPORTED = {
     ),
     "ip_plus_composition_sd15": ("sd15", "plus", 16, 768, H, "SD1.5 · plus · 16 tokens · needs CLIP ViT-H"),
     "ip_plus_composition_sdxl": ("sdxl", "plus", 16, 2048, H, "SDXL · plus · 16 tokens · needs CLIP ViT-H"),
+    "Kolors-IP-Adapter-Plus": ("kolors", "plus", 16, 2048, L336, "Kolors · plus · 16 tokens · needs CLIP ViT-L-336"),
     "noobIPAMARK1_mark1": ("sdxl", "base", 4, 2048, G, "SDXL · base · 4 tokens · needs CLIP ViT-bigG"),
     "kataragi_ip_adapter_Noobtest_800000": (
         "sdxl",
@@ -74,7 +75,6 @@ REFUSED = {
     "ip-adapter-faceid-portrait_sdxl": "a FaceID-portrait adapter",
     "ip-adapter-faceid-portrait_sdxl_unnorm": "an InstantID or FaceID-portrait adapter",
     "InstantID_ip-adapter": "an InstantID or FaceID-portrait adapter",
-    "Kolors-IP-Adapter-Plus": "an IP-Adapter for Kolors",
     "Kolors-IP-Adapter-FaceID-Plus": "a FaceID-plus adapter",
     "XLabs_flux-ip-adapter_v1": "an IP-Adapter for Flux",
     "XLabs_flux-ip-adapter_v2": "an IP-Adapter for Flux",
@@ -161,10 +161,10 @@ def test_public_adapters(name: str) -> None:
     assert (kind.family, kind.variant, kind.tokens, kind.context_width) == (family, variant, tokens, context)
     assert encoder_needed(kind) == encoder
     assert kind.description == description
-    channels = SD_XL_CHANNELS if family == "sdxl" else SD_V12_CHANNELS
+    channels = SD_V12_CHANNELS if family == "sd15" else SD_XL_CHANNELS
     assert list(kind.layer_widths) == channels[::2]
     assert (kind.image_proj_prefix, kind.ip_adapter_prefix) == ("image_proj.", "ip_adapter.")
-    heads = {"sd15": 12, "sdxl": 20}[family] if variant == "plus" else 0
+    heads = {"sd15": 12, "sdxl": 20, "kolors": 12}[family] if variant == "plus" else 0
     assert (kind.heads, kind.depth) == (heads, 4 if heads else 0)
     row = next(row for row in ENCODERS if row.name == encoder)
     assert kind.output == ("image_embeds" if variant == "base" else "penultimate")
@@ -304,6 +304,16 @@ def test_resampler_with_odd_heads() -> None:
     assert "attention 100 wide" in sentence(error)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("key", ["image_proj.proj.bias", "ip_adapter.7.to_v_ip.weight"])
+def test_weights_that_are_no_floating_point_numbers(key: str, dtype: torch.dtype) -> None:
+    tensors = small("base", [8] * 16)
+    tensors[key] = TensorInfo(tensors[key].shape, dtype)
+    with pytest.raises(IPAdapterError) as error:
+        recognise_adapter(tensors)
+    assert f"holds the tensor {key} as {str(dtype).removeprefix('torch.')}" in sentence(error)
+
+
 @pytest.mark.parametrize("half", ["image_proj.", "ip_adapter."])
 def test_half_an_adapter(half: str) -> None:
     tensors = {key: info for key, info in public("ip-adapter_sd15").items() if key.startswith(half)}
@@ -316,6 +326,21 @@ ELSEWHERE = [
     (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "a LoRA", "models/Lora"),
     (["unet.down_blocks.0.attn.to_q.lora_A.weight"], "a LoRA", "models/Lora"),
     (["lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"], "a LoRA", "models/Lora"),
+    (
+        [
+            f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn{n}_to_{part}.{end}"
+            for n in (1, 2)
+            for part in ("q", "k", "v", "out_0")
+            for end in ("lora_down.weight", "lora_up.weight", "alpha")
+        ],
+        "such as that of a FaceID adapter",
+        "models/Lora",
+    ),
+    (
+        ["lora_unet_mid_block_attn1_to_q.lora_up.weight", "lora_unet_mid_block_ff_net_2.lora_up.weight"],
+        "is a LoRA, not an",
+        "models/Lora",
+    ),
     (
         ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
         "a Stable Diffusion checkpoint",
@@ -340,6 +365,9 @@ ELSEWHERE = [
     (["string_to_param.*"], "a textual inversion", "embeddings"),
     (["model.1.sub.0.RDB1.conv1.0.weight"], "an upscaler", "folder"),
     (["image_proj.mapping_0.0.weight", "ip_adapter.1.to_k_ip.weight"], "a PuLID adapter", "face"),
+    (["id_encoder.vision_model.pre_layrnorm.weight", "lora_weights.x.to_q_lora.up.weight"], "a PhotoMaker", "choose"),
+    (["redux_up.weight", "redux_down.weight"], "a Redux adapter for Flux", "choose a base"),
+    (["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"], "a motion module", "AnimateDiff"),
     (["id_adapter.body.0.weight"], "a PuLID adapter", "face"),
     (["data"], "a file of ready image tokens", "negative"),
 ]

@@ -44,6 +44,9 @@ class Session:
     def encoders(self):
         return []
 
+    def describe(self, name):
+        return ""
+
     def negatives(self):
         return []
 

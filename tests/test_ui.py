@@ -187,6 +187,9 @@ class FileLists:
     def adapters(self) -> list[str]:
         return self._adapters
 
+    def describe(self, name: str) -> str:
+        return f"<{name}> · plus" if name in self._adapters else ""
+
     def negatives(self) -> list[str]:
         return self._negatives
 
@@ -251,7 +254,7 @@ def test_every_visible_control_writes_its_own_slot_in_the_page(page: SimpleNames
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 4
+    assert len(server) == len(VISIBLE) * 5
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False
@@ -287,6 +290,17 @@ def test_refresh_lists_the_files_anew() -> None:
         assert model["choices"] == ["one", "two"] and negative["choices"] == ["n"]
         outputs = [output._id for output in event.outputs]
         assert outputs == [ids[f"t_unit_{number}_model"], ids[f"t_unit_{number}_negative"]]
+
+
+def test_what_the_chosen_adapter_is_stands_below_it(page: SimpleNamespace) -> None:
+    for number in VISIBLE:
+        kind, model = page.ids[f"t_unit_{number}_kind"], page.ids[f"t_unit_{number}_model"]
+        assert "&lt;one.safetensors&gt; · plus" in page.props[f"t_unit_{number}_kind"]["value"]
+        (event,) = [each for each in page.blocks.fns.values() if [output._id for output in each.outputs] == [kind]]
+        assert [tuple(target) for target in event.targets] == [(model, "change")]
+        assert [each._id for each in event.inputs] == [model]
+        assert "&lt;zwei é.bin&gt; · plus" in event.fn("zwei é.bin")
+        assert event.fn(None) == event.fn("gone.bin") == ""
 
 
 def test_gradio_serves_the_page(page: SimpleNamespace) -> None:

@@ -41,6 +41,9 @@ class FileLists(Protocol):
     def adapters(self) -> list[str]:
         """Names of the adapter files."""
 
+    def describe(self, name: str) -> str:
+        """What the adapter of this name is, in words; '' if there is none."""
+
     def negatives(self) -> list[str]:
         """Names of the negative files."""
 
@@ -83,6 +86,7 @@ class _Lists:
 
     refresh: Any
     model: Any
+    kind: Any
     negative: Any
 
 
@@ -105,6 +109,7 @@ def _build_unit(
             scale=8,
         )
         refresh = tool_button(value="\U0001f504", elem_id=elem_id("refresh"), scale=0, min_width=40)
+    kind = gr.HTML(elem_id=elem_id("kind"))
     with gr.Row():
         uploaded = gr.File(
             label="Pictures", file_count="multiple", file_types=["image"], elem_id=elem_id("files"), scale=1
@@ -162,13 +167,18 @@ def _build_unit(
     )
     preparation.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[gallery, upload_note], **_QUIET)
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
-    return _Lists(refresh, model, negative)
+    return _Lists(refresh, model, kind, negative)
 
 
 def _connect_lists(files: FileLists, unit: _Lists) -> None:
     def read() -> tuple[Any, Any]:
         return gr.update(choices=files.adapters()), gr.update(choices=files.negatives())
 
+    def describe(name: str | None) -> str:
+        return handlers.remark(files.describe(name or ""))
+
+    unit.kind.value = describe(unit.model.value)
+    unit.model.change(fn=describe, inputs=[unit.model], outputs=[unit.kind], **_QUIET)
     unit.refresh.click(fn=read, inputs=[], outputs=[unit.model, unit.negative], **_QUIET)
 
 

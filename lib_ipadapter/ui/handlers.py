@@ -61,6 +61,11 @@ def check(slot: str) -> str:
     return ""
 
 
+def remark(text: str) -> str:
+    """Words beside a control, as the page shows them; '' stays ''."""
+    return f'<p class="ip-adapter-remark">{html.escape(text)}</p>' if text else ""
+
+
 def note(message: str) -> str:
     """A message as the page shows it."""
     return f'<p class="ip-adapter-note" role="alert">{html.escape(message)}</p>'
