@@ -6,7 +6,7 @@ Nothing here runs during sampling. A :data:`Runner` decides where and in which p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from .adapter import IPAdapterModel
 from .clip_vision import CLIPVision
 from .errors import IPAdapterError
+from .kv import in_order
 from .pictures import clip_preprocess
 from .recognise import AdapterKind, recognise_adapter
-from .tensorfile import open_tensors
+from .tensorfile import TensorFile, TensorInfo, open_tensors
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
     groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     prefixes = {kind.image_proj_prefix: "image_proj", kind.ip_adapter_prefix: "ip_adapter"}
     wanted = [key for key in file.tensors if key.startswith(tuple(prefixes))]
-    for key, tensor in file.read(wanted).items():
+    together = _by_shape(file, [kind.ip_adapter_prefix + key for key in in_order(_without(wanted, kind))])
+    for key, tensor in file.read(wanted, together).items():
         prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
         groups[prefixes[prefix]][key.removeprefix(prefix)] = tensor
     try:
@@ -79,6 +81,19 @@ def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
             "download the file again."
         ) from error
     return LoadedAdapter(file.path, kind, model)
+
+
+def _without(keys: Iterable[str], kind: AdapterKind) -> list[str]:
+    """Keys of the layers' projections, without the group's prefix."""
+    prefix = kind.ip_adapter_prefix
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+
+
+def _by_shape(file: TensorFile, keys: Iterable[str]) -> list[list[str]]:
+    found: dict[TensorInfo, list[str]] = {}
+    for key in keys:
+        found.setdefault(file.tensors[key], []).append(key)
+    return list(found.values())
 
 
 def encode(run: Runner, encoder: CLIPVision, output: str, pixels: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,14 @@ class TensorFile:
     _stamp: tuple[int, int] = field(repr=False)
     _stored: Mapping[str, StoredTensor] = field(repr=False)
 
-    def read(self, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    def read(
+        self, keys: Iterable[str] | None = None, together: Iterable[Sequence[str]] = ()
+    ) -> dict[str, torch.Tensor]:
         """The data of the tensors named (of all, with None), contiguous, in host memory, independent of the file.
+
+        Args:
+            keys: names; nothing else is read.
+            together: groups of them, of one shape and dtype each, that shall lie side by side in memory.
 
         Raises:
             IPAdapterError: if a tensor isn't in the file, or the file has changed since it was opened.
@@ -61,17 +68,15 @@ class TensorFile:
         for key in wanted:
             if key not in self.tensors:
                 raise IPAdapterError(f"{self.path.name} has no tensor {key!r}: choose another file.")
+        # Read, not mapped: a mapped file can't be replaced while it is in use, and a page at a time is slower.
+        places: dict[str, torch.Tensor] = {}
+        for group in together:
+            info = self.tensors[group[0]]
+            places.update(zip(group, torch.empty((len(group), *info.shape), dtype=info.dtype).unbind(), strict=True))
         with _opened(self.path) as file:
             if _stamp(file) != self._stamp:
                 raise IPAdapterError(f"{self.path.name} was changed after it was opened: try again.")
-            if self.kind == "pickle":
-                return {key: read_stored(file, self._stored[key], self.path.name) for key in wanted}
-        try:
-            with safe_open(str(self.path), framework="pt", device="cpu") as tensors:
-                # A clone, since what comes out lies in the mapped file and would keep it open.
-                return {key: tensors.get_tensor(key).clone() for key in wanted}
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _damaged(self.path.name, str(error)) from error
+            return {key: read_stored(file, self._stored[key], self.path.name, places.get(key)) for key in wanted}
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
@@ -87,17 +92,21 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         size = stamp[0]
         head = file.read(512)
         if _looks_like_safetensors(head):
-            tensors, metadata = _safetensors_header(file, size, name)
+            kind = "safetensors"
+            stored, metadata = _safetensors_header(file, size, name)
             _second_opinion(path)
-            return TensorFile(path, "safetensors", MappingProxyType(tensors), MappingProxyType(metadata), stamp, {})
-        if head.startswith(ZIP_MAGIC):
-            stored = index_zip(file, size, name)
-        elif looks_like_pickle(head):
-            stored = index_legacy(file, size, name)
         else:
-            raise _unknown(head, size, name)
+            kind, metadata = "pickle", {}
+            if head.startswith(ZIP_MAGIC):
+                stored = index_zip(file, size, name)
+            elif looks_like_pickle(head):
+                stored = index_legacy(file, size, name)
+            else:
+                raise _unknown(head, size, name)
     tensors = {key: TensorInfo(tensor.shape, tensor.dtype) for key, tensor in stored.items()}
-    return TensorFile(path, "pickle", MappingProxyType(tensors), MappingProxyType({}), stamp, MappingProxyType(stored))
+    return TensorFile(
+        path, kind, MappingProxyType(tensors), MappingProxyType(metadata), stamp, MappingProxyType(stored)
+    )
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[6:9] == b"\0\0{"
 
 
-def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER or 8 + length > size:
@@ -167,8 +176,8 @@ def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str,
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(name, "its metadata are no texts")
-    data = size - 8 - length
-    return {key: _info(key, entry, data, name) for key, entry in header.items()}, metadata
+    start = 8 + length
+    return {key: _place(key, entry, start, size - start, name) for key, entry in header.items()}, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _info(key: str, entry: Any, data: int, name: str) -> TensorInfo:
+def _place(key: str, entry: Any, start: int, data: int, name: str) -> StoredTensor:
     entry = entry if isinstance(entry, dict) else {}
     shape, offsets, dtype_name = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(dtype_name, str)):
@@ -193,7 +202,8 @@ def _info(key: str, entry: Any, data: int, name: str) -> TensorInfo:
     begin, end = offsets
     if not begin <= end <= data or end - begin != math.prod(shape) * dtype.itemsize:
         raise _damaged(name, f"its tensor {key[:100]!r} doesn't fit the file")
-    return TensorInfo(tuple(shape), dtype)
+    strides = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+    return StoredTensor(dtype, tuple(shape), strides, start + begin, end - begin, sys.byteorder != "little")
 
 
 def _are_counts(numbers: Any) -> bool:
