@@ -88,7 +88,7 @@ class To_KV(nn.Module):
         made: dict[int, Tensor] = {}
         for numbers, weight in zip(self._numbers, self.weights, strict=True):
             together = nn.functional.linear(tokens, weight.flatten(0, 1))
-            made.update(zip(numbers, together.unflatten(-1, weight.shape[:2]).unbind(-2), strict=True))
+            made.update(zip(numbers, together.view(*together.shape[:-1], *weight.shape[:2]).unbind(-2), strict=True))
         return [made[number] for number in range(len(made))]
 
 

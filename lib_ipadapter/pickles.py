@@ -165,9 +165,7 @@ def index_legacy(file: BinaryIO, size: int, name: str) -> dict[str, StoredTensor
     return _resolve(value, region, size, name)
 
 
-def read_stored(
-    file: BinaryIO, stored: StoredTensor, name: str, place: torch.Tensor | None = None
-) -> torch.Tensor:
+def read_stored(file: BinaryIO, stored: StoredTensor, name: str, place: torch.Tensor | None = None) -> torch.Tensor:
     """The data of one tensor, contiguous and its own, in host memory.
 
     Args:
