@@ -70,6 +70,11 @@ class IPAdapterModel(nn.Module):
         return self.ip_layers.widths[::2]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(parameter.nbytes for parameter in self.parameters()) + self.ip_layers.nbytes
+
+    @property
     def context_width(self) -> int:
         """Width of the image tokens."""
         return self.ip_layers.context_width

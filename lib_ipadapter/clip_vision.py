@@ -108,6 +108,16 @@ class CLIPVision(nn.Module):
         Raises:
             IPAdapterError: if S isn't the tower's ``image_size``.
         """
+        penultimate = self.penultimate(pixels)
+        x = self.blocks[-1](penultimate)
+        return VisionOutput(self.projection(self.norm_out(x[:, 0])), penultimate)
+
+    def image_embeds(self, pixels: Tensor) -> Tensor:
+        """The first output alone."""
+        return self(pixels).image_embeds
+
+    def penultimate(self, pixels: Tensor) -> Tensor:
+        """The second output alone, which needs no last block; raises as :meth:`forward`."""
         size = self.kind.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise IPAdapterError(
@@ -117,10 +127,9 @@ class CLIPVision(nn.Module):
         x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_embedding.expand(x.shape[0], 1, -1), x), dim=1)
         x = self.norm_in(x + self.position_embedding)
-        penultimate = x
-        for block in self.blocks:
-            penultimate, x = x, block(x)
-        return VisionOutput(self.projection(self.norm_out(x[:, 0])), penultimate)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
 
 
 def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:

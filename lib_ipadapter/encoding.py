@@ -106,7 +106,8 @@ def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Ten
 
     def see(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         # One by one: together they would depend, in the last digit, on which others are still known.
-        return [getattr(encoder(pixels.to(device=device, dtype=dtype)), output).float().cpu() for pixels in pictures]
+        features = getattr(encoder, output)
+        return [features(pixels.to(device=device, dtype=dtype)).float().cpu() for pixels in pictures]
 
     return _finite(run, encoder, see) if pictures else []
 

@@ -32,18 +32,23 @@ def in_order(keys: Iterable[str]) -> list[str]:
     return ordered
 
 
+CHUNK = 64 * 2**20
+"""Bytes of weights that are brought to where the tokens are at once, or one matrix if that is larger."""
+
+
 class To_KV(nn.Module):
     """The adapter's own ``to_k`` and ``to_v`` of every cross-attention layer: K of layer i at 2i, V at 2i + 1.
 
-    Those of one width are one parameter ``[how many, layer width, context width]``, so that a picture takes a few large
-    matrix products; SDXL has 140 small ones.
+    Those of one width lie together as ``[how many, layer width, context width]``, so that a picture takes a few large
+    matrix products; SDXL has 140 small ones. They stay in host memory as the file has them and go to the tokens' device
+    and dtype a chunk at a time, each for one product: nowhere is a second copy of all.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList()
+        self._weights: list[Tensor] = []
         self._numbers: list[list[int]] = []
-        """Of each parameter: which K and V it makes."""
+        """Of each of them: which K and V it makes."""
 
     def load_state_dict_ordered(self, sd: Mapping[str, Tensor]) -> None:
         """Takes ``{i}.to_k_ip.weight`` and ``{i}.to_v_ip.weight`` (``[layer width, context width]``) in numeric order.
@@ -63,17 +68,14 @@ class To_KV(nn.Module):
         for number, weight in enumerate(weights):
             numbers.setdefault(weight.shape, []).append(number)
         self._numbers = list(numbers.values())
-        self.weights = nn.ParameterList(
-            nn.Parameter(as_one(_of_one_dtype([weights[n] for n in each])), requires_grad=False)
-            for each in self._numbers
-        )
+        self._weights = [as_one(_of_one_dtype([weights[n] for n in each])) for each in self._numbers]
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of every K and V, in order."""
         found = {
             number: int(weight.shape[1])
-            for numbers, weight in zip(self._numbers, self.weights, strict=True)
+            for numbers, weight in zip(self._numbers, self._weights, strict=True)
             for number in numbers
         }
         return tuple(found[number] for number in range(len(found)))
@@ -81,14 +83,23 @@ class To_KV(nn.Module):
     @property
     def context_width(self) -> int:
         """Width of the image tokens."""
-        return int(self.weights[0].shape[2])
+        return int(self._weights[0].shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(weight.nbytes for weight in self._weights)
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """``[B, T, context width]`` to ``[K_0, V_0, K_1, V_1, …]``, each ``[B, T, layer width]``."""
         made: dict[int, Tensor] = {}
-        for numbers, weight in zip(self._numbers, self.weights, strict=True):
-            together = nn.functional.linear(tokens, weight.flatten(0, 1))
-            made.update(zip(numbers, together.view(*together.shape[:-1], *weight.shape[:2]).unbind(-2), strict=True))
+        for numbers, weight in zip(self._numbers, self._weights, strict=True):
+            at_once = max(1, CHUNK // weight[0].nbytes)
+            for start in range(0, len(weight), at_once):
+                some = weight[start : start + at_once].to(tokens.device).to(tokens.dtype)
+                together = nn.functional.linear(tokens, some.flatten(0, 1))
+                parts = together.view(*together.shape[:-1], *some.shape[:2]).unbind(-2)
+                made.update(zip(numbers[start : start + at_once], parts, strict=True))
         return [made[number] for number in range(len(made))]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import uploads
 from .clip_vision import CLIPVision, load_clip_vision
@@ -205,14 +205,12 @@ SMALL = 1024
 
 def _weigh(value: object) -> int:
     if isinstance(value, LoadedAdapter):
-        value = value.model
-    if isinstance(value, nn.Module):
-        tensors: Iterable[Tensor] = value.parameters()
-    elif isinstance(value, ImageKV):
-        tensors = (*value.keys, *value.values)
-    else:
-        tensors = (value,) if isinstance(value, Tensor) else ()
-    return SMALL + sum(t.numel() * t.element_size() for t in tensors)
+        return value.model.nbytes
+    if isinstance(value, CLIPVision):
+        return sum(parameter.nbytes for parameter in value.parameters())
+    if isinstance(value, ImageKV):
+        return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
+    return value.nbytes if isinstance(value, Tensor) else SMALL
 
 
 def _in_host_memory(pairs: list[Tensor]) -> ImageKV:
