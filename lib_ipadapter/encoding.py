@@ -163,7 +163,7 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def token_kv(run: Runner, adapter: IPAdapterModel, tokens: Tensor) -> list[Tensor]:
     """Ready image tokens ``[1, T, context width]`` to K/V, as a negative file has them."""
-    return run(adapter, lambda device, dtype: list(adapter.ip_layers(tokens.to(device=device, dtype=dtype))))
+    return run(adapter, lambda device, dtype: list(adapter.ip_layers(tokens.to(dtype).to(device))))
 
 
 UNCOND_BY_VARIANT: Mapping[str, str] = {"base": "zero embeds", "plus": "zero pixels", "full-face": "zero pixels"}

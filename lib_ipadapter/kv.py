@@ -96,7 +96,10 @@ class To_KV(nn.Module):
         for numbers, weight in zip(self._numbers, self._weights, strict=True):
             at_once = max(1, CHUNK // weight[0].nbytes)
             for start in range(0, len(weight), at_once):
-                some = weight[start : start + at_once].to(tokens.device).to(tokens.dtype)
+                some = weight[start : start + at_once]
+                if some.dtype == torch.float64:  # MPS has none
+                    some = some.to(tokens.dtype)
+                some = some.to(tokens.device).to(tokens.dtype)
                 together = nn.functional.linear(tokens, some.flatten(0, 1))
                 parts = together.view(*together.shape[:-1], *some.shape[:2]).unbind(-2)
                 made.update(zip(numbers[start : start + at_once], parts, strict=True))
@@ -104,8 +107,7 @@ class To_KV(nn.Module):
 
 
 def _of_one_dtype(weights: list[Tensor]) -> list[Tensor]:
-    """The widest of theirs."""
-    dtype = weights[0].dtype
-    for weight in weights:
-        dtype = torch.promote_types(dtype, weight.dtype)
-    return [weight.to(dtype) for weight in weights]
+    """As they are if theirs is one; else in float32, which holds all that adapters are stored in."""
+    if len({weight.dtype for weight in weights}) == 1:
+        return weights
+    return [weight.float() for weight in weights]
