@@ -96,11 +96,7 @@ class CLIPVision(nn.Module):
         Raises:
             IPAdapterError: for a tensor that is missing or has another shape or type than a tower of this kind.
         """
-        tower, sources = _empty(kind, tensors, name)
-        dtype = reduce(torch.promote_types, {tensors[source.key].dtype for source in sources.values()})
-        state = {own: source.of(tensors[source.key]).to(dtype) for own, source in sources.items()}
-        tower.load_state_dict(state, assign=True)
-        return tower.requires_grad_(False).eval()
+        return _filled(*_empty(kind, tensors, name), tensors)
 
     def forward(self, pixels: Tensor) -> VisionOutput:
         """Normalised pixels ``[B, 3, S, S]`` to both outputs, in the dtype of the weights.
@@ -140,8 +136,8 @@ def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:
     """
     file = open_tensors(path)
     kind = recognise_encoder(file.tensors, file.path.name)
-    _, sources = _empty(kind, file.tensors, file.path.name)  # what is wrong shows before gigabytes are read
-    return CLIPVision.from_tensors(kind, file.read({source.key for source in sources.values()}), file.path.name)
+    tower, sources = _empty(kind, file.tensors, file.path.name)  # what is wrong shows before gigabytes are read
+    return _filled(tower, sources, file.read({source.key for source in sources.values()}))
 
 
 # From a file's names to ours
@@ -278,6 +274,14 @@ def _empty(kind: EncoderKind, stored: Mapping[str, _Stored], name: str) -> tuple
                 f"allowed are {allowed}: get the encoder in one of these."
             )
     return tower, sources
+
+
+def _filled(tower: CLIPVision, sources: Mapping[str, _Source], tensors: Mapping[str, Tensor]) -> CLIPVision:
+    """A tower of :func:`_empty` with its weights."""
+    dtype = reduce(torch.promote_types, {tensors[source.key].dtype for source in sources.values()})
+    state = {own: source.of(tensors[source.key]).to(dtype) for own, source in sources.items()}
+    tower.load_state_dict(state, assign=True)
+    return tower.requires_grad_(False).eval()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import IPAdapterError
 from .pickles import ZIP_MAGIC, StoredTensor, index_legacy, index_zip, looks_like_pickle, read_stored
+
+MAX_THREADS, LARGE = 4, 64 * 1024**2
+"""Threads that read one file, and bytes for which one more is worth its start: new memory takes most of the time."""
 
 MAX_HEADER = 64 * 1024**2
 """Bytes of a safetensors header that are read; the largest public ones have some hundred thousand."""
@@ -72,11 +76,35 @@ class TensorFile:
         places: dict[str, torch.Tensor] = {}
         for group in together:
             info = self.tensors[group[0]]
-            places.update(zip(group, torch.empty((len(group), *info.shape), dtype=info.dtype).unbind(), strict=True))
+            with torch.inference_mode(False):  # else other threads couldn't fill it
+                block = torch.empty((len(group), *info.shape), dtype=info.dtype)
+            places.update(zip(group, block.unbind(), strict=True))
+        shares = self._shares(wanted)
+        if len(shares) == 1:
+            found = self._read_some(shares[0], places)
+        else:
+            with ThreadPoolExecutor(len(shares)) as pool:
+                parts = list(pool.map(lambda share: self._read_some(share, places), shares))
+            found = {key: tensor for part in parts for key, tensor in part.items()}
+        return {key: found[key] for key in wanted}
+
+    def _shares(self, keys: Sequence[str]) -> list[list[str]]:
+        """The tensors in the order of the file, cut where a thread's part of a large file ends."""
+        ordered = sorted(keys, key=lambda key: self._stored[key].start)
+        total = sum(self._stored[key].length for key in keys)
+        threads = min(MAX_THREADS, os.cpu_count() or 1, 1 + total // LARGE)
+        shares: list[list[str]] = [[] for _ in range(threads)]
+        before = 0
+        for key in ordered:
+            shares[min(threads - 1, before * threads // max(1, total))].append(key)
+            before += self._stored[key].length
+        return shares
+
+    def _read_some(self, keys: Iterable[str], places: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with _opened(self.path) as file:
             if _stamp(file) != self._stamp:
                 raise IPAdapterError(f"{self.path.name} was changed after it was opened: try again.")
-            return {key: read_stored(file, self._stored[key], self.path.name, places.get(key)) for key in wanted}
+            return {key: read_stored(file, self._stored[key], self.path.name, places.get(key)) for key in keys}
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
