@@ -25,6 +25,7 @@ from lib_ipadapter.plan import ImageKV
 from lib_ipadapter.progress import Window
 from lib_ipadapter.recognise import EncoderKind
 from lib_ipadapter.rows import COND, UNCOND, Call
+from lib_ipadapter.tensorfile import TensorFile
 from tests.adapter_files import Nested, base_adapter, full_face_adapter, layer_weights, plus_adapter
 
 T = TypeVar("T")
@@ -132,13 +133,49 @@ def test_few_large_products_equal_one_for_each_layer(
     assert len(calls) == {1: len(channels), 64 * 2**20: len(set(channels))}.get(chunk, len(calls))
 
 
-def test_a_files_matrices_are_in_memory_once(stored: Any) -> None:
+def test_a_files_matrices_are_in_memory_once(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = TensorFile.read
+    places: set[int] = set()
+
+    def watched(*args: Any) -> dict[str, Tensor]:
+        found = read(*args)
+        places.update(t.data_ptr() for t in found.values())
+        return found
+
+    monkeypatch.setattr(TensorFile, "read", watched)
     to_kv = load_adapter(stored("base", torch.float16)).model.ip_layers
     assert sorted(weight.shape[1] for weight in to_kv._weights) == sorted(set(WIDTHS))
     for weight in to_kv._weights:
+        assert {one.data_ptr() for one in weight} <= places
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.dtype == torch.float16
     assert to_kv.nbytes == 2 * 2 * sum(WIDTHS) * CONTEXT
+
+
+class Counting(nn.Module):
+    """An encoder that keeps how many pictures it saw at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def penultimate(self, pixels: Tensor) -> Tensor:
+        self.seen.append(len(pixels))
+        return pixels
+
+
+def test_a_pictures_features_do_not_depend_on_the_others() -> None:
+    """Products of other sizes round otherwise; and which pictures are made together depends on what is known."""
+    encoder, loads = Counting(), []
+
+    def run(module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
+        loads.append(module)
+        return function(torch.device("cpu"), torch.float32)
+
+    pictures = [torch.full((1, 3, 2, 2), float(n)) for n in range(3)]
+    made = encode(run, encoder, "penultimate", pictures)  # type: ignore[arg-type]
+    assert [float(one[0, 0, 0, 0]) for one in made] == [0.0, 1.0, 2.0]
+    assert (encoder.seen, len(loads)) == ([1, 1, 1], 1)
 
 
 # Half precision

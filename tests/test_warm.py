@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.embedded import Host
@@ -112,20 +111,3 @@ def test_a_wrong_setting_ends_the_job_with_a_sentence(host: Host, monkeypatch: p
     monkeypatch.setitem(host.opts.data, SETTING, "much")
     with pytest.raises(Exception, match="'much'; it can be a number of gigabytes"):
         generate(host, unit())
-
-
-def test_pictures_do_not_depend_on_what_is_still_known(host: Host, watch: Watch) -> None:
-    """K/V of a picture are the same bits alone, beside others, and with the uncond side made before."""
-    preparer = sys.modules["sd_image_prompt"].live_session._preparer  # type: ignore[attr-defined]
-
-    def kv() -> dict[Any, Any]:
-        return {key: value for key, value in preparer._kept._values.items() if key[0] == "K/V"}
-
-    generate(host, unit("plus", photos=("astronaut", "chelsea")))
-    together = kv()
-    preparer.clear()
-    generate(host, unit("plus", photos=("chelsea",)))
-    generate(host, unit("plus", photos=("astronaut",)))
-    for key, value in kv().items():
-        for one, other in zip(value.keys + value.values, together[key].keys + together[key].values, strict=True):
-            assert torch.equal(one, other)
