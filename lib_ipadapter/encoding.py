@@ -116,10 +116,8 @@ def image_kv(run: Runner, adapter: IPAdapterModel, features: Sequence[Tensor]) -
     """Features of each picture to its ``[K_0, V_0, K_1, …]``, ``[1, T, layer width]`` each, on the compute device."""
 
     def project(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        made: list[Tensor] = []
-        for one in features:
-            made += adapter.ip_layers(adapter.image_proj_model(one.to(device=device, dtype=dtype)))
-        return made
+        tokens = [adapter.image_proj_model(one.to(device=device, dtype=dtype)) for one in features]
+        return [pair for pairs in adapter.ip_layers.each(tokens) for pair in pairs]
 
     made = _finite(run, adapter, project)
     layers = len(adapter.ip_layers.widths)

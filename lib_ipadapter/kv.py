@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def in_order(keys: Iterable[str]) -> list[str]:
     return ordered
 
 
-CHUNK = 64 * 2**20
+CHUNK = 32 * 2**20
 """Bytes of weights that are brought to where the tokens are at once, or one matrix if that is larger."""
 
 
@@ -92,18 +92,25 @@ class To_KV(nn.Module):
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """``[B, T, context width]`` to ``[K_0, V_0, K_1, V_1, …]``, each ``[B, T, layer width]``."""
-        made: dict[int, Tensor] = {}
+        return self.each([tokens])[0]
+
+    def each(self, pictures: Sequence[Tensor]) -> list[list[Tensor]]:
+        """:meth:`forward` of several tokens, each for itself, with the weights brought once."""
+        made: list[dict[int, Tensor]] = [{} for _ in pictures]
         for numbers, weight in zip(self._numbers, self._weights, strict=True):
-            at_once = max(1, CHUNK // weight[0].nbytes)
+            at_once = min(len(weight), max(1, CHUNK // weight[0].nbytes))
+            # One place for all chunks: new memory costs more than what is done with it.
+            place = torch.empty((at_once, *weight.shape[1:]), device=pictures[0].device, dtype=pictures[0].dtype)
             for start in range(0, len(weight), at_once):
                 some = weight[start : start + at_once]
                 if some.dtype == torch.float64:  # MPS has none
-                    some = some.to(tokens.dtype)
-                some = some.to(tokens.device).to(tokens.dtype)
-                together = nn.functional.linear(tokens, some.flatten(0, 1))
-                parts = together.view(*together.shape[:-1], *some.shape[:2]).unbind(-2)
-                made.update(zip(numbers[start : start + at_once], parts, strict=True))
-        return [made[number] for number in range(len(made))]
+                    some = some.to(place.dtype)
+                brought = place[: len(some)].copy_(some)
+                for tokens, found in zip(pictures, made, strict=True):
+                    together = nn.functional.linear(tokens, brought.flatten(0, 1))
+                    parts = together.view(*together.shape[:-1], *some.shape[:2]).unbind(-2)
+                    found.update(zip(numbers[start : start + at_once], parts, strict=True))
+        return [[found[number] for number in range(len(found))] for found in made]
 
 
 def _of_one_dtype(weights: list[Tensor]) -> list[Tensor]:
