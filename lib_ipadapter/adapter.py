@@ -59,7 +59,7 @@ class IPAdapterModel(nn.Module):
                     embedding_dim=clip_embeddings_dim,
                     output_dim=cross_attention_dim,
                 )
-            self.ip_layers = To_KV(cross_attention_dim)
+            self.ip_layers = To_KV()
         self.image_proj_model.load_state_dict(dict(projection), assign=True)
         self.ip_layers.load_state_dict_ordered(state_dict["ip_adapter"])
         self.requires_grad_(False).eval()
@@ -68,6 +68,11 @@ class IPAdapterModel(nn.Module):
     def layer_widths(self) -> tuple[int, ...]:
         """Width of every cross-attention layer, in the file's order."""
         return self.ip_layers.widths[::2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(parameter.nbytes for parameter in self.parameters()) + self.ip_layers.nbytes
 
     @property
     def context_width(self) -> int:

@@ -96,11 +96,7 @@ class CLIPVision(nn.Module):
         Raises:
             IPAdapterError: for a tensor that is missing or has another shape or type than a tower of this kind.
         """
-        tower, sources = _empty(kind, tensors, name)
-        dtype = reduce(torch.promote_types, {tensors[source.key].dtype for source in sources.values()})
-        state = {own: source.of(tensors[source.key]).to(dtype) for own, source in sources.items()}
-        tower.load_state_dict(state, assign=True)
-        return tower.requires_grad_(False).eval()
+        return _filled(*_empty(kind, tensors, name), tensors)
 
     def forward(self, pixels: Tensor) -> VisionOutput:
         """Normalised pixels ``[B, 3, S, S]`` to both outputs, in the dtype of the weights.
@@ -108,6 +104,16 @@ class CLIPVision(nn.Module):
         Raises:
             IPAdapterError: if S isn't the tower's ``image_size``.
         """
+        penultimate = self.penultimate(pixels)
+        x = self.blocks[-1](penultimate)
+        return VisionOutput(self.projection(self.norm_out(x[:, 0])), penultimate)
+
+    def image_embeds(self, pixels: Tensor) -> Tensor:
+        """The first output alone."""
+        return self(pixels).image_embeds
+
+    def penultimate(self, pixels: Tensor) -> Tensor:
+        """The second output alone, which needs no last block; raises as :meth:`forward`."""
         size = self.kind.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise IPAdapterError(
@@ -117,10 +123,9 @@ class CLIPVision(nn.Module):
         x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_embedding.expand(x.shape[0], 1, -1), x), dim=1)
         x = self.norm_in(x + self.position_embedding)
-        penultimate = x
-        for block in self.blocks:
-            penultimate, x = x, block(x)
-        return VisionOutput(self.projection(self.norm_out(x[:, 0])), penultimate)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
 
 
 def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:
@@ -131,8 +136,8 @@ def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:
     """
     file = open_tensors(path)
     kind = recognise_encoder(file.tensors, file.path.name)
-    _, sources = _empty(kind, file.tensors, file.path.name)  # what is wrong shows before gigabytes are read
-    return CLIPVision.from_tensors(kind, file.read({source.key for source in sources.values()}), file.path.name)
+    tower, sources = _empty(kind, file.tensors, file.path.name)  # what is wrong shows before gigabytes are read
+    return _filled(tower, sources, file.read({source.key for source in sources.values()}))
 
 
 # From a file's names to ours
@@ -269,6 +274,14 @@ def _empty(kind: EncoderKind, stored: Mapping[str, _Stored], name: str) -> tuple
                 f"allowed are {allowed}: get the encoder in one of these."
             )
     return tower, sources
+
+
+def _filled(tower: CLIPVision, sources: Mapping[str, _Source], tensors: Mapping[str, Tensor]) -> CLIPVision:
+    """A tower of :func:`_empty` with its weights."""
+    dtype = reduce(torch.promote_types, {tensors[source.key].dtype for source in sources.values()})
+    state = {own: source.of(tensors[source.key]).to(dtype) for own, source in sources.items()}
+    tower.load_state_dict(state, assign=True)
+    return tower.requires_grad_(False).eval()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ Nothing here runs during sampling. A :data:`Runner` decides where and in which p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from .adapter import IPAdapterModel
 from .clip_vision import CLIPVision
 from .errors import IPAdapterError
+from .kv import in_order
 from .pictures import clip_preprocess
-from .recognise import AdapterKind, recognise_adapter
-from .tensorfile import open_tensors
+from .recognise import AdapterKind, EncoderKind, recognise_adapter
+from .tensorfile import TensorFile, TensorInfo, open_tensors
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
     groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     prefixes = {kind.image_proj_prefix: "image_proj", kind.ip_adapter_prefix: "ip_adapter"}
     wanted = [key for key in file.tensors if key.startswith(tuple(prefixes))]
-    for key, tensor in file.read(wanted).items():
+    together = _by_shape(file, [kind.ip_adapter_prefix + key for key in in_order(_without(wanted, kind))])
+    for key, tensor in file.read(wanted, together).items():
         prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
         groups[prefixes[prefix]][key.removeprefix(prefix)] = tensor
     try:
@@ -81,31 +83,85 @@ def load_adapter(path: str | os.PathLike[str]) -> LoadedAdapter:
     return LoadedAdapter(file.path, kind, model)
 
 
-def encode(run: Runner, encoder: CLIPVision, output: str, pixels: Tensor) -> Tensor:
-    """What the encoder says of pictures, in float32 in host memory.
+def _without(keys: Iterable[str], kind: AdapterKind) -> list[str]:
+    """Keys of the layers' projections, without the group's prefix."""
+    prefix = kind.ip_adapter_prefix
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+
+
+def _by_shape(file: TensorFile, keys: Iterable[str]) -> list[list[str]]:
+    found: dict[TensorInfo, list[str]] = {}
+    for key in keys:
+        found.setdefault(file.tensors[key], []).append(key)
+    return list(found.values())
+
+
+def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Tensor]) -> list[Tensor]:
+    """What the encoder says of each picture, in float32 in host memory.
 
     Args:
-        output: ``image_embeds`` (result ``[B, projection]``) or ``penultimate`` (``[B, tokens, width]``).
-        pixels: normalised, ``[B, 3, S, S]``.
+        output: ``image_embeds`` (results ``[1, projection]``) or ``penultimate`` (``[1, tokens, width]``).
+        pictures: normalised pixels, ``[1, 3, S, S]`` each.
     """
-    return run(
-        encoder, lambda device, dtype: getattr(encoder(pixels.to(device=device, dtype=dtype)), output).float().cpu()
-    )
+
+    def see(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        # One by one: together they would depend, in the last digit, on which others are still known.
+        features = getattr(encoder, output)
+        return [features(pixels.to(device=device, dtype=dtype)).float().cpu() for pixels in pictures]
+
+    return _finite(run, encoder, see) if pictures else []
 
 
-def image_kv(run: Runner, adapter: IPAdapterModel, features: Tensor) -> list[Tensor]:
-    """``features`` of B pictures to ``[K_0, V_0, K_1, …]``, ``[B, T, layer width]`` each, on the compute device."""
+def image_kv(run: Runner, adapter: IPAdapterModel, features: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Features of each picture to its ``[K_0, V_0, K_1, …]``, ``[1, T, layer width]`` each, on the compute device."""
 
     def project(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        tokens = adapter.image_proj_model(features.to(device=device, dtype=dtype))
-        return list(adapter.ip_layers(tokens))
+        tokens = [adapter.image_proj_model(one.to(device=device, dtype=dtype)) for one in features]
+        return [pair for pairs in adapter.ip_layers.each(tokens) for pair in pairs]
 
-    return run(adapter, project)
+    made = _finite(run, adapter, project)
+    layers = len(adapter.ip_layers.widths)
+    return [made[n : n + layers] for n in range(0, len(made), layers)]
+
+
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+def _finite(
+    run: Runner, module: nn.Module, function: Callable[[torch.device, torch.dtype], list[Tensor]]
+) -> list[Tensor]:
+    """``function`` in the host's precision; in float32 if something in it is too large for that one.
+
+    Raises:
+        IPAdapterError: if it isn't a number even then.
+    """
+
+    def safely(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        made = function(device, dtype)
+        if _all_finite(made):
+            return made
+        if dtype != torch.float32:
+            module.float()
+            # What the UNet can't hold either becomes the largest that it can.
+            made = [t.clamp(-HALF_MAX, HALF_MAX) for t in function(device, torch.float32)]
+        if not _all_finite(made):
+            what = "image encoder" if isinstance(module, CLIPVision) else "adapter"
+            raise IPAdapterError(
+                f"The {what} makes numbers of the picture that are infinite or none, and must be finite: its file is "
+                "damaged, download it again."
+            )
+        return made
+
+    return run(module, safely)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())  # one wait for the device
 
 
 def token_kv(run: Runner, adapter: IPAdapterModel, tokens: Tensor) -> list[Tensor]:
     """Ready image tokens ``[1, T, context width]`` to K/V, as a negative file has them."""
-    return run(adapter, lambda device, dtype: list(adapter.ip_layers(tokens.to(device=device, dtype=dtype))))
+    return run(adapter, lambda device, dtype: list(adapter.ip_layers(tokens.to(dtype).to(device))))
 
 
 UNCOND_BY_VARIANT: Mapping[str, str] = {"base": "zero embeds", "plus": "zero pixels", "full-face": "zero pixels"}
@@ -121,18 +177,35 @@ def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVi
     """The features that stand for no picture, one row; see :data:`UNCOND_BY_VARIANT` and ``units``.
 
     Args:
-        source: ``zero embeds``, ``zero pixels`` (zeros after normalisation, a mean grey) or ``black picture``.
+        source: ``zero embeds``, ``zero pixels`` or ``black picture``.
     """
-    size = encoder.kind.image_size
-    if source == "zero embeds":
-        patches = (size // encoder.kind.patch) ** 2 + 1
-        return torch.zeros(
-            (1, kind.embedding_width) if kind.output == "image_embeds" else (1, patches, kind.embedding_width)
-        )
+    if source == ZERO_EMBEDS:
+        return zero_embeds(kind, encoder.kind)
+    return encode(run, encoder, kind.output, [uncond_pixels(source, encoder.kind.image_size)])[0]
+
+
+ZERO_EMBEDS = "zero embeds"
+"""The uncond source that isn't a picture."""
+
+
+def zero_embeds(kind: AdapterKind, encoder: EncoderKind) -> Tensor:
+    """Features of zeros, one row."""
+    patches = (encoder.image_size // encoder.patch) ** 2 + 1
+    return torch.zeros(
+        (1, kind.embedding_width) if kind.output == "image_embeds" else (1, patches, kind.embedding_width)
+    )
+
+
+def uncond_pixels(source: str, size: int) -> Tensor:
+    """The picture that stands for none, ``[1, 3, size, size]``.
+
+    Args:
+        source: ``zero pixels`` (zeros after normalisation, a mean grey) or ``black picture``.
+    """
     if source == "zero pixels":
-        return encode(run, encoder, kind.output, torch.zeros(1, 3, size, size))
+        return torch.zeros(1, 3, size, size)
     if source == "black picture":
-        return encode(run, encoder, kind.output, clip_preprocess(torch.zeros(1, size, size, 3), size))
+        return clip_preprocess(torch.zeros(1, size, size, 3), size)
     raise IPAdapterError(
         f"The uncond source is {source!r}; it can be auto, zero pixels, zero embeds, black picture, none or file."
     )

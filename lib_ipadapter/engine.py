@@ -92,8 +92,8 @@ class Engine:
         kind, encoder = entry.adapter.kind, self.encoders[entry.encoder_path]
         size = encoder.kind.image_size
         pixels = clip_preprocess(to_pixels([prepare(Image.fromarray(img), "squash", size)]), size)
-        features = encode(self.run, encoder, kind.output, pixels)
-        conds = image_kv(self.run, entry.adapter.model, features)
+        features = encode(self.run, encoder, kind.output, [pixels])
+        (conds,) = image_kv(self.run, entry.adapter.model, features)
         if entry.unconds is None or entry.unconds_from != self.ip_negative:
             entry.unconds, entry.unconds_from = self._unconds(entry, encoder), self.ip_negative
         return conds, list(entry.unconds)
@@ -103,7 +103,7 @@ class Engine:
         if self.ip_negative is not None:
             return token_kv(self.run, model, load_negative(self.ip_negative, kind.context_width))
         source = resolve_uncond("auto", kind.variant)
-        return image_kv(self.run, model, uncond_features(self.run, source, kind, encoder))
+        return image_kv(self.run, model, [uncond_features(self.run, source, kind, encoder)])[0]
 
 
 _default = Engine()

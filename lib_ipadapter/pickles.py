@@ -58,6 +58,16 @@ class StoredTensor:
     length: int
     swapped: bool = False
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in the file as they do in a contiguous tensor."""
+        step = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length != 1 and stride != step:
+                return False
+            step *= length
+        return True
+
 
 @dataclass(frozen=True)
 class _Region:
@@ -155,16 +165,38 @@ def index_legacy(file: BinaryIO, size: int, name: str) -> dict[str, StoredTensor
     return _resolve(value, region, size, name)
 
 
-def read_stored(file: BinaryIO, stored: StoredTensor, name: str) -> torch.Tensor:
+def read_stored(file: BinaryIO, stored: StoredTensor, name: str, place: torch.Tensor | None = None) -> torch.Tensor:
     """The data of one tensor, contiguous and its own, in host memory.
+
+    Args:
+        file: opened for reading.
+        stored: where it lies there.
+        name: what to call the file in a sentence.
+        place: a contiguous tensor to fill, in place of a new one.
 
     Raises:
         IPAdapterError: if the file has become shorter.
     """
+    if place is None:
+        place = torch.empty(stored.shape, dtype=stored.dtype)
     if 0 in stored.shape:
-        return torch.empty(stored.shape, dtype=stored.dtype)
+        return place
+    # As it lies in the file, straight into its place.
+    if stored.is_contiguous and not stored.swapped and stored.dtype != torch.bool:
+        _fill(place.view(-1).view(torch.uint8), file, stored.start, name)
+        return place
     data = torch.empty(stored.length, dtype=torch.uint8)
-    file.seek(stored.start)
+    _fill(data, file, stored.start, name)
+    if stored.swapped:
+        itemsize = stored.dtype.itemsize
+        part = itemsize // 2 if stored.dtype.is_complex else itemsize
+        data = data.view(-1, part).flip(1).reshape(-1)
+    flat = data.ne(0) if stored.dtype == torch.bool else data.view(stored.dtype)
+    return place.copy_(flat.as_strided(stored.shape, stored.strides))
+
+
+def _fill(data: torch.Tensor, file: BinaryIO, start: int, name: str) -> None:
+    file.seek(start)
     view = data.numpy().data
     done = 0
     while done < len(view):
@@ -172,14 +204,6 @@ def read_stored(file: BinaryIO, stored: StoredTensor, name: str) -> torch.Tensor
         if not count:
             raise IPAdapterError(f"{name} has become shorter while it was read: download it again.")
         done += count
-    if stored.swapped:
-        itemsize = stored.dtype.itemsize
-        part = itemsize // 2 if stored.dtype.is_complex else itemsize
-        data = data.view(-1, part).flip(1).reshape(-1)
-    flat = data.ne(0) if stored.dtype == torch.bool else data.view(stored.dtype)
-    tensor = flat.as_strided(stored.shape, stored.strides)
-    # A contiguous tensor may still carry odd strides in dimensions of size 1; the plain view has none.
-    return flat.view(stored.shape) if tensor.is_contiguous() else tensor.contiguous()
 
 
 class _Archive:

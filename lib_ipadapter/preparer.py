@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import uploads
 from .clip_vision import CLIPVision, load_clip_vision
 from .encoding import (
+    ZERO_EMBEDS,
     LoadedAdapter,
     Runner,
     encode,
@@ -23,53 +24,25 @@ from .encoding import (
     load_negative,
     resolve_uncond,
     token_kv,
-    uncond_features,
+    uncond_pixels,
+    zero_embeds,
 )
 from .errors import IPAdapterError
 from .formulations import Formulation, resolve_formulation
 from .hosts.base import UNetInfo
 from .injection import Term
+from .kept import Kept
 from .library import Library
 from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
-from .recognise import AdapterKind, recognise_adapter
+from .recognise import AdapterKind, EncoderKind, recognise_adapter
 from .rows import COND, UNCOND
 from .tensorfile import open_tensors
 from .units import ImageRef, Unit
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 FileIdentity = tuple[str, int, int]
-
-
-class Cache(Generic[V]):
-    """The most recently used values."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of ``key``, made when it isn't there."""
-        return self.get_all([key], lambda _: [make()])[0]
-
-    def get_all(self, keys: Sequence[K], make: Callable[[Sequence[K]], Sequence[V]]) -> list[V]:
-        """The values of ``keys``; those that aren't there are made in one go, each once."""
-        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
-        if missing:
-            self._values.update(zip(missing, make(missing), strict=True))
-        values = [self._values[key] for key in keys]
-        for key in keys:
-            self._values.move_to_end(key)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
-        return values
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._values.clear()
 
 
 @dataclass(frozen=True)
@@ -105,65 +78,64 @@ class PreparedUnit:
         return ", ".join(parts)
 
 
-KEPT_ENCODERS, KEPT_ADAPTERS, KEPT_KINDS = 1, 2, 64
-KEPT_FEATURES, KEPT_KV = 64, 64
-
-
 class Preparer:
-    """Makes K/V of units, each file and picture once for as long as it stays in the caches.
+    """Makes K/V of units, each file and picture once for as long as what is made of it is kept.
 
     Args:
         library: the files.
         run: where modules compute.
+        limit: bytes of host memory for what is kept from one generation to the next.
     """
 
-    def __init__(self, library: Library, run: Runner) -> None:
+    def __init__(self, library: Library, run: Runner, limit: Callable[[], int]) -> None:
         self._library = library
         self._run = run
-        self._encoders: Cache[CLIPVision] = Cache(KEPT_ENCODERS)
-        self._adapters: Cache[LoadedAdapter] = Cache(KEPT_ADAPTERS)
-        self._kinds: Cache[AdapterKind] = Cache(KEPT_KINDS)
-        self._features: Cache[Tensor] = Cache(KEPT_FEATURES)
-        self._kv: Cache[ImageKV] = Cache(KEPT_KV)
+        self._kept = Kept(limit, _weigh)
 
-    def prepare(self, unit: Unit, info: UNetInfo) -> PreparedUnit:
-        """K/V of a unit's pictures, and of none.
+    def prepare(self, units: Sequence[Unit], info: UNetInfo) -> list[PreparedUnit]:
+        """K/V of the pictures of a generation's units, and of none.
 
         Raises:
             IPAdapterError: for a file or picture that is missing, broken or something else, or made for another UNet.
         """
         # A job inside a job (a face detailer's) starts in inference mode, whose tensors can't be kept for later ones.
         with torch.inference_mode(False), torch.no_grad():
-            return self._prepare(unit, info)
+            try:
+                return [self._prepare(unit, info) for unit in units]
+            finally:
+                self._kept.trim()
 
     def _prepare(self, unit: Unit, info: UNetInfo) -> PreparedUnit:
         path = self._library.adapter_path(unit.model)
-        kind = self._kinds.get(file_identity(path), lambda: recognise_adapter(open_tensors(path).tensors, path.name))
+        kind = self._kept.get(
+            ("kind", file_identity(path)), lambda: recognise_adapter(open_tensors(path).tensors, path.name)
+        )
         check_fit(unit.model, kind, info)
         job = _Job(self, unit, path, kind, self._library.encoder_for(kind))
         uncond = resolve_uncond(unit.uncond, kind.variant)
-        conds = tuple(job.picture_kv(unit.images))
+        conds, none = job.image_kv(uncond)
         # Each picture has its uncond tokens: in one softmax the uncond side must weigh as much as the cond side.
-        unconds = () if uncond == "none" else (job.uncond_kv(uncond),) * len(conds)
-        return PreparedUnit(unit, kind, resolve_formulation(unit.formulation, kind.variant), uncond, conds, unconds)
+        unconds = () if none is None else (none,) * len(conds)
+        return PreparedUnit(
+            unit, kind, resolve_formulation(unit.formulation, kind.variant), uncond, tuple(conds), unconds
+        )
 
     def clear(self) -> None:
         """Forgets all models, features and K/V."""
-        for cache in (self._encoders, self._adapters, self._kinds, self._features, self._kv):
-            cache.clear()
+        self._kept.clear()
 
     def encoder(self, path: Path) -> CLIPVision:
         """The image encoder of a file."""
-        return self._encoders.get(file_identity(path), lambda: load_clip_vision(path))
+        return self._kept.get(("encoder", file_identity(path)), lambda: load_clip_vision(path))
 
     def adapter(self, path: Path) -> LoadedAdapter:
         """The adapter of a file."""
-        return self._adapters.get(file_identity(path), lambda: load_adapter(path))
+        return self._kept.get(("adapter", file_identity(path)), lambda: load_adapter(path))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One unit on its way through a preparer's caches."""
+    """One unit on its way through what a preparer keeps."""
 
     of: Preparer
     unit: Unit
@@ -171,62 +143,74 @@ class _Job:
     kind: AdapterKind
     encoder_path: Path
 
-    def picture_kv(self, refs: Sequence[ImageRef]) -> list[ImageKV]:
-        """Of each picture; those not seen yet go through encoder and adapter together."""
-        read: dict[Hashable, Callable[[], Image.Image]] = {}
-        keys = []
-        for ref in refs:
+    def image_kv(self, uncond: str) -> tuple[list[ImageKV], ImageKV | None]:
+        """Of each picture, and of no picture; those not made yet go through encoder and adapter on one loading."""
+        encoder, adapter = file_identity(self.encoder_path), file_identity(self.path)
+        read: dict[Hashable, Callable[[EncoderKind], Tensor]] = {}
+        keys: list[Hashable] = []
+        for ref in self.unit.images:
             sha256, picture = self._source(ref)
-            keys.append((sha256, self.unit.preparation, file_identity(self.encoder_path), self.kind.output))
-            read[keys[-1]] = picture
+            keys.append(("features", sha256, self.unit.preparation, encoder, self.kind.output))
+            read[keys[-1]] = partial(self._pixels, picture)
+        encoded = uncond not in ("none", "file")
+        if encoded:
+            keys.append(("features", uncond, "", encoder, self.kind.output))
+            read[keys[-1]] = lambda kind: uncond_pixels(uncond, kind.image_size)
 
         def features(missing: Sequence[Hashable]) -> list[Tensor]:
-            return self._features([read[key]() for key in missing])
+            tower = self.of.encoder(self.encoder_path)
+            zeros = keys[-1] if uncond == ZERO_EMBEDS else None
+            seen = iter(
+                encode(
+                    self.of._run, tower, self.kind.output, [read[key](tower.kind) for key in missing if key != zeros]
+                )
+            )
+            return [zero_embeds(self.kind, tower.kind) if key == zeros else next(seen) for key in missing]
 
-        return self._kept(keys, lambda missing: self.of._features.get_all(missing, features))
+        def kv(missing: Sequence[tuple[str, Hashable, FileIdentity]]) -> list[ImageKV]:
+            given = self.of._kept.get_all([key for _, key, _ in missing], features)
+            made = image_kv(self.of._run, self.of.adapter(self.path).model, given)
+            return [_in_host_memory(pairs) for pairs in made]
 
-    @staticmethod
-    def _source(ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
-        """A picture's hash, and how to read it: an upload goes by its hash, and need not be decoded for that."""
+        made = self.of._kept.get_all([("K/V", key, adapter) for key in keys], kv)
+        if uncond == "file":
+            return made, self._negative()
+        return (made[:-1], made[-1]) if encoded else (made, None)
+
+    def _source(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
+        """A picture's hash, and how to read it: one that is known by what was received isn't decoded for that."""
         if ref.sha256:
             return ref.sha256, lambda: uploads.get(ref.sha256)
-        picture = read_picture(ref.data)
-        return picture_hash(picture), lambda: picture
+        picture = cache(lambda: read_picture(ref.data))
+        received = hashlib.sha256(ref.data.encode("utf-8", "surrogatepass")).digest()
+        return self.of._kept.get(("received", received), lambda: picture_hash(picture())), picture
 
-    def uncond_kv(self, source: str) -> ImageKV:
-        if source == "file":
-            path = self.of._library.negative_path(self.unit.negative)
+    def _pixels(self, picture: Callable[[], Image.Image], kind: EncoderKind) -> Tensor:
+        prepared = prepare(picture(), self.unit.preparation, kind.image_size)
+        return clip_preprocess(to_pixels([prepared]), kind.image_size)
 
-            def from_file() -> ImageKV:
-                tokens = load_negative(path, self.kind.context_width)
-                return _in_host_memory(token_kv(self.of._run, self.of.adapter(self.path).model, tokens))
+    def _negative(self) -> ImageKV:
+        path = self.of._library.negative_path(self.unit.negative)
 
-            return self.of._kv.get((file_identity(path), file_identity(self.path)), from_file)
+        def from_file() -> ImageKV:
+            tokens = load_negative(path, self.kind.context_width)
+            return _in_host_memory(token_kv(self.of._run, self.of.adapter(self.path).model, tokens))
 
-        def features(_: Sequence[Hashable]) -> list[Tensor]:
-            return [uncond_features(self.of._run, source, self.kind, self.of.encoder(self.encoder_path))]
+        return self.of._kept.get(("negative K/V", file_identity(path), file_identity(self.path)), from_file)
 
-        return self._kept([(source, file_identity(self.encoder_path), self.kind.output)], features)[0]
 
-    def _features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        encoder = self.of.encoder(self.encoder_path)
-        size = encoder.kind.image_size
-        prepared = [prepare(picture, self.unit.preparation, size) for picture in pictures]
-        together = encode(self.of._run, encoder, self.kind.output, clip_preprocess(to_pixels(prepared), size))
-        return [one.clone() for one in torch.split(together, 1)]  # each may outlive the others
+SMALL = 1024
+"""Bytes that count for what isn't made of tensors."""
 
-    def _kept(
-        self, keys: Sequence[Hashable], features: Callable[[Sequence[Hashable]], Sequence[Tensor]]
-    ) -> list[ImageKV]:
-        """K/V by the keys of the features that they are made from."""
-        adapter = file_identity(self.path)
 
-        def kv(missing: Sequence[tuple[Hashable, FileIdentity]]) -> list[ImageKV]:
-            given = torch.cat(list(features([key for key, _ in missing])))
-            pairs = image_kv(self.of._run, self.of.adapter(self.path).model, given)
-            return [_in_host_memory([t[n : n + 1] for t in pairs]) for n in range(len(missing))]
-
-        return self.of._kv.get_all([(key, adapter) for key in keys], kv)
+def _weigh(value: object) -> int:
+    if isinstance(value, LoadedAdapter):
+        return value.model.nbytes
+    if isinstance(value, CLIPVision):
+        return sum(parameter.nbytes for parameter in value.parameters())
+    if isinstance(value, ImageKV):
+        return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
+    return value.nbytes if isinstance(value, Tensor) else SMALL
 
 
 def _in_host_memory(pairs: list[Tensor]) -> ImageKV:

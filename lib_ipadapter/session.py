@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .injection import Injection
+from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .preparer import PreparedUnit, Preparer
 from .progress import Window
@@ -46,12 +47,13 @@ class Session:
 
     Args:
         host: the WebUI.
+        kept_bytes: the limit of host memory for models and K/V that are kept between generations.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, kept_bytes: Callable[[], int] = lambda: limit_bytes(DEFAULT_GB)) -> None:
         self._host = host
         self._library = Library(host.adapter_folders, host.encoder_folders)
-        self._preparer = Preparer(self._library, host.run)
+        self._preparer = Preparer(self._library, host.run, kept_bytes)
 
     # What the page lists
 
@@ -103,9 +105,9 @@ class Session:
         if not active:
             return {}
         info = self._host.unet_info(p)
-        prepared = {number: self._preparer.prepare(unit, info) for number, unit in active.items()}
-        setattr(p, _RUN, _Run(list(prepared.values())))
-        return {f"{INFOTEXT_KEY} {number}": each.infotext() for number, each in prepared.items()}
+        prepared = self._preparer.prepare(list(active.values()), info)
+        setattr(p, _RUN, _Run(prepared))
+        return {f"{INFOTEXT_KEY} {number}": each.infotext() for number, each in zip(active, prepared, strict=True)}
 
     def attach(self, p: Any, **_: Any) -> None:
         """Before every pass: the units go into the UNet that is loaded now."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import IPAdapterError
 from .pickles import ZIP_MAGIC, StoredTensor, index_legacy, index_zip, looks_like_pickle, read_stored
+
+MAX_THREADS, LARGE = 4, 64 * 1024**2
+"""Threads that read one file, and bytes for which one more is worth its start: new memory takes most of the time."""
 
 MAX_HEADER = 4 * 1024**2
 """Bytes of a safetensors header that are read: a second's work at worst; the largest public ones have some hundred
@@ -52,8 +57,14 @@ class TensorFile:
     _stamp: tuple[int, int] = field(repr=False)
     _stored: Mapping[str, StoredTensor] = field(repr=False)
 
-    def read(self, keys: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    def read(
+        self, keys: Iterable[str] | None = None, together: Iterable[Sequence[str]] = ()
+    ) -> dict[str, torch.Tensor]:
         """The data of the tensors named (of all, with None), contiguous, in host memory, independent of the file.
+
+        Args:
+            keys: names; nothing else is read.
+            together: groups of them, of one shape and dtype each, that shall lie side by side in memory.
 
         Raises:
             IPAdapterError: if a tensor isn't in the file, or the file has changed since it was opened.
@@ -62,17 +73,39 @@ class TensorFile:
         for key in wanted:
             if key not in self.tensors:
                 raise IPAdapterError(f"{self.path.name} has no tensor {key!r}: choose another file.")
+        # Read, not mapped: a mapped file can't be replaced while it is in use, and a page at a time is slower.
+        places: dict[str, torch.Tensor] = {}
+        for group in together:
+            info = self.tensors[group[0]]
+            with torch.inference_mode(False):  # else other threads couldn't fill it
+                block = torch.empty((len(group), *info.shape), dtype=info.dtype)
+            places.update(zip(group, block.unbind(), strict=True))
+        shares = self._shares(wanted)
+        if len(shares) == 1:
+            found = self._read_some(shares[0], places)
+        else:
+            with ThreadPoolExecutor(len(shares)) as pool:
+                parts = list(pool.map(lambda share: self._read_some(share, places), shares))
+            found = {key: tensor for part in parts for key, tensor in part.items()}
+        return {key: found[key] for key in wanted}
+
+    def _shares(self, keys: Sequence[str]) -> list[list[str]]:
+        """The tensors in the order of the file, cut where a thread's part of a large file ends."""
+        ordered = sorted(keys, key=lambda key: self._stored[key].start)
+        total = sum(self._stored[key].length for key in keys)
+        threads = min(MAX_THREADS, os.cpu_count() or 1, 1 + total // LARGE)
+        shares: list[list[str]] = [[] for _ in range(threads)]
+        before = 0
+        for key in ordered:
+            shares[min(threads - 1, before * threads // max(1, total))].append(key)
+            before += self._stored[key].length
+        return shares
+
+    def _read_some(self, keys: Iterable[str], places: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with _opened(self.path) as file:
             if _stamp(file) != self._stamp:
                 raise IPAdapterError(f"{self.path.name} was changed after it was opened: try again.")
-            if self.kind == "pickle":
-                return {key: read_stored(file, self._stored[key], self.path.name) for key in wanted}
-        try:
-            with safe_open(str(self.path), framework="pt", device="cpu") as tensors:
-                # A clone, since what comes out lies in the mapped file and would keep it open.
-                return {key: tensors.get_tensor(key).clone() for key in wanted}
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _damaged(self.path.name, str(error)) from error
+            return {key: read_stored(file, self._stored[key], self.path.name, places.get(key)) for key in keys}
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
@@ -88,17 +121,21 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         size = stamp[0]
         head = file.read(512)
         if _looks_like_safetensors(head):
-            tensors, metadata = _safetensors_header(file, size, name)
+            kind = "safetensors"
+            stored, metadata = _safetensors_header(file, size, name)
             _second_opinion(path)
-            return TensorFile(path, "safetensors", MappingProxyType(tensors), MappingProxyType(metadata), stamp, {})
-        if head.startswith(ZIP_MAGIC):
-            stored = index_zip(file, size, name)
-        elif looks_like_pickle(head):
-            stored = index_legacy(file, size, name)
         else:
-            raise _unknown(head, size, name)
+            kind, metadata = "pickle", {}
+            if head.startswith(ZIP_MAGIC):
+                stored = index_zip(file, size, name)
+            elif looks_like_pickle(head):
+                stored = index_legacy(file, size, name)
+            else:
+                raise _unknown(head, size, name)
     tensors = {key: TensorInfo(tensor.shape, tensor.dtype) for key, tensor in stored.items()}
-    return TensorFile(path, "pickle", MappingProxyType(tensors), MappingProxyType({}), stamp, MappingProxyType(stored))
+    return TensorFile(
+        path, kind, MappingProxyType(tensors), MappingProxyType(metadata), stamp, MappingProxyType(stored)
+    )
 
 
 @contextmanager
@@ -156,7 +193,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[6:9] == b"\0\0{"
 
 
-def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER or 8 + length > size:
@@ -169,8 +206,8 @@ def _safetensors_header(file: BinaryIO, size: int, name: str) -> tuple[dict[str,
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(name, "its metadata are no texts")
-    data = size - 8 - length
-    return {key: _info(key, entry, data, name) for key, entry in header.items()}, metadata
+    start = 8 + length
+    return {key: _place(key, entry, start, size - start, name) for key, entry in header.items()}, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,7 +217,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _info(key: str, entry: Any, data: int, name: str) -> TensorInfo:
+def _place(key: str, entry: Any, start: int, data: int, name: str) -> StoredTensor:
     entry = entry if isinstance(entry, dict) else {}
     shape, offsets, dtype_name = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(dtype_name, str)):
@@ -195,7 +232,8 @@ def _info(key: str, entry: Any, data: int, name: str) -> TensorInfo:
     begin, end = offsets
     if not begin <= end <= data or end - begin != math.prod(shape) * dtype.itemsize:
         raise _damaged(name, f"its tensor {key[:100]!r} doesn't fit the file")
-    return TensorInfo(tuple(shape), dtype)
+    strides = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+    return StoredTensor(dtype, tuple(shape), strides, start + begin, end - begin, sys.byteorder != "little")
 
 
 def _are_counts(numbers: Any) -> bool:

@@ -25,6 +25,8 @@ LIVE_SESSION = "live_session"
 MODELS_ROUTE = "/ip-adapter/models"
 HOST_ROUTE = "/sdapi/v1/sd-models"
 """One of the host's API, beside which ours stands."""
+KEPT_GB = "ip_adapter_kept_gb"
+"""Key of our setting."""
 
 
 def _eject_previous() -> None:
@@ -58,10 +60,20 @@ _eject_previous()
 _load_package()
 
 errors = _part("errors")
+kept = _part("kept")
 units = _part("units")
 accordion = _part("ui.accordion")
+
+
+def _kept_bytes() -> int:
+    from modules import shared
+
+    limit: int = kept.limit_bytes(getattr(shared.opts, KEPT_GB, kept.DEFAULT_GB))
+    return limit
+
+
 try:
-    session: Any = _part("session").Session(_part("hosts").detect())
+    session: Any = _part("session").Session(_part("hosts").detect(), _kept_bytes)
 except errors.IPAdapterError as refusal:
     print(refusal, file=sys.stderr)
     session = None  # the script stays out of sight, so none of its hooks is called
@@ -141,6 +153,23 @@ def _models() -> dict[str, Any]:
     return listing
 
 
+def _on_ui_settings() -> None:
+    import gradio
+    from modules import shared
+
+    label = "Memory for loaded models and pictures (GB of RAM; 0: nothing is kept after a generation)"
+    shared.opts.add_option(
+        KEPT_GB,
+        shared.OptionInfo(
+            kept.DEFAULT_GB,
+            label,
+            gradio.Slider,
+            {"minimum": 0, "maximum": 64, "step": 0.5},
+            section=("ip_adapter", "IP-Adapter"),
+        ),
+    )
+
+
 def _on_app_started(_: Any, app: Any) -> None:
     """Every load gets an app of its own. Our route is there when the host's API is, and asks for the same login.
 
@@ -156,6 +185,7 @@ def _on_app_started(_: Any, app: Any) -> None:
 
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
+    script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
     script_callbacks.on_script_unloaded(session.close)

@@ -29,8 +29,8 @@ MADE = []
 
 
 class Session:
-    def __init__(self, host):
-        self.host, self.calls, self.raising = host, [], {}
+    def __init__(self, host, kept_bytes):
+        self.host, self.kept_bytes, self.calls, self.raising = host, kept_bytes, [], {}
         MADE.append(self)
 
     def _called(self, name, *args, **kwargs):
@@ -120,6 +120,7 @@ class WebUI:
         vars(self.modules["modules.scripts"]).update(Script=StubScript, AlwaysVisible=self.always_visible)
         vars(self.modules["modules.script_callbacks"]).update(
             on_app_started=self._registrar("app_started"),
+            on_ui_settings=self._registrar("ui_settings"),
             on_cfg_denoiser=self._registrar("cfg_denoiser"),
             on_script_unloaded=self._registrar("script_unloaded"),
         )
@@ -212,7 +213,7 @@ def test_ui_gives_the_checkbox_and_ten_empty_slots(script: SimpleNamespace) -> N
 
 def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) -> None:
     events = [event for event, _ in script.webui.registered]
-    assert events == ["app_started", "cfg_denoiser", "script_unloaded"]
+    assert events == ["ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
     state = dict(vars(script.hooks))
     for call in range(10):
         with gr.Blocks():
@@ -394,7 +395,7 @@ def test_reloading_ejects_the_previous_life(webui: WebUI) -> None:
     assert second.units.EDITED and not hasattr(first.units, "EDITED")
     assert second.session is not first.session and type(second.session) is not type(first.session)
     assert sys.modules.get(f"{PACKAGE}.progress") is not stale
-    assert [event for event, _ in webui.registered] == ["app_started", "cfg_denoiser", "script_unloaded"]
+    assert [event for event, _ in webui.registered] == ["ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
 
 
 def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lib_ipadapter import tensorfile
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.tensorfile import TensorInfo, open_tensors
 
@@ -107,6 +109,36 @@ def test_only_what_is_asked_for(tmp_path: Path) -> None:
     assert file.read([]) == {}
     with pytest.raises(IPAdapterError, match=r"m\.safetensors has no tensor 'c'"):
         file.read(["c"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_large_file_is_read_by_several_threads(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorfile, "LARGE", 100)
+    monkeypatch.setattr(tensorfile.os, "cpu_count", lambda: 8)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{n}": torch.randn(n % 7, 3, generator=generator) for n in range(40)}
+    tensors["scalar"], tensors["flag"] = torch.tensor(2.0), torch.tensor([True, False])
+    path = tmp_path / "m.bin"
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors | {"turned": torch.randn(5, 4).t()}, path, _use_new_zipfile_serialization=kind == "zip")
+    threads: set[int] = set()
+    read = tensorfile.read_stored
+    monkeypatch.setattr(tensorfile, "read_stored", lambda *args: threads.add(threading.get_ident()) or read(*args))
+    file = open_tensors(path)
+    assert len(file._shares(list(file.tensors))) == 4
+    groups = [["t6", "t13", "t20"], ["t1", "t8"]]
+    with torch.inference_mode():  # as a job inside a job starts
+        found = file.read(together=groups)
+    assert threading.get_ident() not in threads
+    assert list(found) == list(file.tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(found[key], tensor)
+    for group in groups:
+        first = found[group[0]]
+        step = first.nbytes
+        assert [found[key].data_ptr() - first.data_ptr() for key in group] == [n * step for n in range(len(group))]
 
 
 def test_data_are_independent_of_the_file(tmp_path: Path) -> None:

@@ -46,12 +46,29 @@ def describe(diffusion_model: Any, device: torch.device, dtype: torch.dtype) -> 
                 f"Another extension has put a {type(attn2).__name__} in place of the cross-attention layer "
                 f"{' '.join(map(str, key))}: switch it off, or IP-Adapter."
             )
-    projections: list[Any] = [found[key].to_k for key in keys]
+    sizes = [_sizes(found[key].to_k) for key in keys]
     return UNetInfo(
         identity=diffusion_model,
         keys=keys,
-        widths=tuple(int(to_k.out_features) for to_k in projections),
-        context_width=int(projections[0].in_features),
+        widths=tuple(rows for rows, _ in sizes),
+        context_width=sizes[0][1],
         device=device,
-        dtype=dtype,
+        # What weights are only stored in (8 bits, 4 bits) holds no K and V; their first query tells what does.
+        dtype=dtype if dtype in COMPUTES_IN else torch.float32,
     )
+
+
+COMPUTES_IN = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _sizes(projection: Any) -> tuple[int, int]:
+    """Rows and columns of a linear layer's matrix, also of one whose weights are packed and whose layer has no sizes.
+
+    Forge's layers of NF4 and GGUF checkpoints are such; their weights know what they are unpacked.
+    """
+    if hasattr(projection, "out_features"):
+        return int(projection.out_features), int(projection.in_features)
+    weight = projection.weight
+    state = getattr(weight, "quant_state", None)
+    rows, columns = weight.shape if state is None else state.shape
+    return int(rows), int(columns)

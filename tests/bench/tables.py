@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+MOST_TIMES = 1.3
+"""What the first generation's callbacks may take, in times of reading the files and the encoder's forward."""
+
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Tables of ``bench.json``'s content."""
@@ -53,12 +56,18 @@ def _targets(case: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _preparation(spans: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _preparation(spans: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     columns = ("begin", "prepare", "attach", "without decoding", "runs of modules", "files opened")
     yield f"| | {' | '.join(columns)} |"
     yield "|---" * (len(columns) + 1) + "|"
     for name, row in spans.items():
         yield f"| {name} | {' | '.join(f'{row[column]:.1f}' for column in columns)} |"
+    yardstick = spans["first"]["yardstick"]
+    words = ", ".join(f"{name} {ms:.1f} ms" for name, ms in yardstick.items())
+    times = spans["first"]["times the yardstick"]
+    word = "met" if times <= MOST_TIMES else "not met"
+    yield ""
+    yield f"- first: at most {MOST_TIMES} times its yardstick ({words}): **{word}** ({times:.2f})"
 
 
 def _interval(summary: Mapping[str, float]) -> str:

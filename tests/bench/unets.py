@@ -69,13 +69,15 @@ FAMILIES: Mapping[str, Family] = {
 FAMILIES = {**FAMILIES, "sd15-256": replace(FAMILIES["sd15"], latent=32)}
 
 
-def make_unet(family: Family, device: torch.device, dtype: torch.dtype) -> UnetPatcher:
-    """The UNet in a host's patcher."""
+def make_unet(
+    family: Family, device: torch.device, dtype: torch.dtype, weights: torch.device | None = None
+) -> UnetPatcher:
+    """The UNet in a host's patcher; ``weights`` on the meta device: it takes no room and can't run."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        with torch.device(weights or device):
             unet = UNet2DConditionModel(**family.config)
     finally:
         torch.set_default_dtype(before)

@@ -27,7 +27,7 @@ from tests.embedded.patcher import UnetPatcher
 
 from .peers import ForgeBuiltIn, IPAdapterPlus, Projections, diffusers_adapter
 from .timing import Variant
-from .unets import TEXT_TOKENS, Sampling, Text
+from .unets import TEXT_TOKENS, Family, Sampling, Text
 
 WEIGHT = 0.8
 LONG = 2 * TEXT_TOKENS
@@ -66,9 +66,9 @@ def job(unet: UnetPatcher) -> Any:
     )
 
 
-def random_adapter(sampling: Sampling, info: UNetInfo) -> Nested:
+def random_adapter(family: Family, info: UNetInfo) -> Nested:
     """An adapter of true size for the UNet: plus on SDXL, base on SD1.5."""
-    if sampling.family.tokens == 4:
+    if family.tokens == 4:
         return base_adapter(info.widths, info.context_width, embedding=1024)
     small = info.context_width < 768
     return plus_adapter(
@@ -200,7 +200,7 @@ class Variants:
     def add_peers(self) -> None:
         """The peers with one picture."""
         device, dtype = self.sampling.device, self.sampling.dtype
-        adapter = random_adapter(self.sampling, self.info)
+        adapter = random_adapter(self.sampling.family, self.info)
         tokens = [self.sampling.random(1, self.sampling.family.tokens, self.info.context_width) for _ in range(2)]
 
         def layers() -> Iterator[Projections]:
