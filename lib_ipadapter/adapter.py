@@ -59,7 +59,7 @@ class IPAdapterModel(nn.Module):
                     embedding_dim=clip_embeddings_dim,
                     output_dim=cross_attention_dim,
                 )
-            self.ip_layers = To_KV()
+            self.ip_layers = To_KV(cross_attention_dim)
         self.image_proj_model.load_state_dict(dict(projection), assign=True)
         self.ip_layers.load_state_dict_ordered(state_dict["ip_adapter"])
         self.requires_grad_(False).eval()

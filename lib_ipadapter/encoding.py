@@ -97,15 +97,14 @@ def _by_shape(file: TensorFile, keys: Iterable[str]) -> list[list[str]]:
 
 
 def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Tensor]) -> list[Tensor]:
-    """What the encoder says of each picture, in float32 in host memory.
+    """What the encoder says of batches of pictures, each one forward; in float32 in host memory.
 
     Args:
-        output: ``image_embeds`` (results ``[1, projection]``) or ``penultimate`` (``[1, tokens, width]``).
-        pictures: normalised pixels, ``[1, 3, S, S]`` each.
+        output: ``image_embeds`` (results ``[B, projection]``) or ``penultimate`` (``[B, tokens, width]``).
+        pictures: normalised pixels, ``[B, 3, S, S]`` each.
     """
 
     def see(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        # One by one: together they would depend, in the last digit, on which others are still known.
         features = getattr(encoder, output)
         return [features(pixels.to(device=device, dtype=dtype)).float().cpu() for pixels in pictures]
 
@@ -113,7 +112,7 @@ def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Ten
 
 
 def image_kv(run: Runner, adapter: IPAdapterModel, features: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Features of each picture to its ``[K_0, V_0, K_1, …]``, ``[1, T, layer width]`` each, on the compute device."""
+    """Features of batches of pictures to ``[K_0, V_0, K_1, …]`` each, ``[B, T, layer width]``, on the compute device."""
 
     def project(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         tokens = [adapter.image_proj_model(one.to(device=device, dtype=dtype)) for one in features]

@@ -42,10 +42,14 @@ class To_KV(nn.Module):
     Those of one width lie together as ``[how many, layer width, context width]``, so that a picture takes a few large
     matrix products; SDXL has 140 small ones. They stay in host memory as the file has them and go to the tokens' device
     and dtype a chunk at a time, each for one product: nowhere is a second copy of all.
+
+    Args:
+        cross_attention_dim: width of the image tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cross_attention_dim: int) -> None:
         super().__init__()
+        self.context_width = cross_attention_dim
         self._weights: list[Tensor] = []
         self._numbers: list[list[int]] = []
         """Of each of them: which K and V it makes."""
@@ -68,6 +72,7 @@ class To_KV(nn.Module):
         for number, weight in enumerate(weights):
             numbers.setdefault(weight.shape, []).append(number)
         self._numbers = list(numbers.values())
+        self.context_width = int(weights[0].shape[1])
         self._weights = [as_one(_of_one_dtype([weights[n] for n in each])) for each in self._numbers]
 
     @property
@@ -81,9 +86,14 @@ class To_KV(nn.Module):
         return tuple(found[number] for number in range(len(found)))
 
     @property
-    def context_width(self) -> int:
-        """Width of the image tokens."""
-        return int(self._weights[0].shape[2])
+    def to_kvs(self) -> nn.ModuleList:
+        """Every one of them as a layer of its own, in order; the weights are views."""
+        found: dict[int, nn.Linear] = {}
+        for numbers, together in zip(self._numbers, self._weights, strict=True):
+            for number, weight in zip(numbers, together, strict=True):
+                found[number] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                found[number].weight = nn.Parameter(weight, requires_grad=False)
+        return nn.ModuleList(found[number] for number in range(len(found)))
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
-from .recognise import AdapterKind, EncoderKind, recognise_adapter
+from .recognise import AdapterKind, recognise_adapter
 from .rows import COND, UNCOND
 from .tensorfile import open_tensors
 from .units import ImageRef, Unit
@@ -144,38 +144,43 @@ class _Job:
     encoder_path: Path
 
     def image_kv(self, uncond: str) -> tuple[list[ImageKV], ImageKV | None]:
-        """Of each picture, and of no picture; those not made yet go through encoder and adapter on one loading."""
+        """Of each picture, and of no picture; what isn't made yet goes through encoder and adapter on one loading.
+
+        A unit's pictures are encoded together and kept together: the last digits of each depend on the others, and
+        shall not depend on which of them were known before.
+        """
         encoder, adapter = file_identity(self.encoder_path), file_identity(self.path)
-        read: dict[Hashable, Callable[[EncoderKind], Tensor]] = {}
-        keys: list[Hashable] = []
-        for ref in self.unit.images:
-            sha256, picture = self._source(ref)
-            keys.append(("features", sha256, self.unit.preparation, encoder, self.kind.output))
-            read[keys[-1]] = partial(self._pixels, picture)
+        sources = [self._source(ref) for ref in self.unit.images]
+        distinct = dict(sources)
+        pictures = ("features", tuple(distinct), self.unit.preparation, encoder, self.kind.output)
+        none = ("features", uncond, "", encoder, self.kind.output)
         encoded = uncond not in ("none", "file")
-        if encoded:
-            keys.append(("features", uncond, "", encoder, self.kind.output))
-            read[keys[-1]] = lambda kind: uncond_pixels(uncond, kind.image_size)
 
         def features(missing: Sequence[Hashable]) -> list[Tensor]:
             tower = self.of.encoder(self.encoder_path)
-            zeros = keys[-1] if uncond == ZERO_EMBEDS else None
-            seen = iter(
-                encode(
-                    self.of._run, tower, self.kind.output, [read[key](tower.kind) for key in missing if key != zeros]
-                )
-            )
-            return [zero_embeds(self.kind, tower.kind) if key == zeros else next(seen) for key in missing]
+            size = tower.kind.image_size
+            pixels: dict[Hashable, Tensor] = {}
+            if pictures in missing:
+                pixels[pictures] = torch.cat([self._pixels(picture, size) for picture in distinct.values()])
+            if none in missing and uncond != ZERO_EMBEDS:
+                pixels[none] = uncond_pixels(uncond, size)
+            made = dict(zip(pixels, encode(self.of._run, tower, self.kind.output, list(pixels.values())), strict=True))
+            return [made[key] if key in made else zero_embeds(self.kind, tower.kind) for key in missing]
 
-        def kv(missing: Sequence[tuple[str, Hashable, FileIdentity]]) -> list[ImageKV]:
+        def kv(missing: Sequence[tuple[str, Hashable, FileIdentity]]) -> list[list[ImageKV]]:
             given = self.of._kept.get_all([key for _, key, _ in missing], features)
             made = image_kv(self.of._run, self.of.adapter(self.path).model, given)
-            return [_in_host_memory(pairs) for pairs in made]
+            return [
+                [_in_host_memory([t[n : n + 1] for t in pairs]) for n in range(pairs[0].shape[0])] for pairs in made
+            ]
 
-        made = self.of._kept.get_all([("K/V", key, adapter) for key in keys], kv)
+        keys = [("K/V", key, adapter) for key in ((pictures, none) if encoded else (pictures,))]
+        of_pictures, *of_none = self.of._kept.get_all(keys, kv)
+        by_picture = dict(zip(distinct, of_pictures, strict=True))
+        conds = [by_picture[sha256] for sha256, _ in sources]
         if uncond == "file":
-            return made, self._negative()
-        return (made[:-1], made[-1]) if encoded else (made, None)
+            return conds, self._negative()
+        return conds, of_none[0][0] if encoded else None
 
     def _source(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
         """A picture's hash, and how to read it: one that is known by what was received isn't decoded for that."""
@@ -185,9 +190,8 @@ class _Job:
         received = hashlib.sha256(ref.data.encode("utf-8", "surrogatepass")).digest()
         return self.of._kept.get(("received", received), lambda: picture_hash(picture())), picture
 
-    def _pixels(self, picture: Callable[[], Image.Image], kind: EncoderKind) -> Tensor:
-        prepared = prepare(picture(), self.unit.preparation, kind.image_size)
-        return clip_preprocess(to_pixels([prepared]), kind.image_size)
+    def _pixels(self, picture: Callable[[], Image.Image], size: int) -> Tensor:
+        return clip_preprocess(to_pixels([prepare(picture(), self.unit.preparation, size)]), size)
 
     def _negative(self) -> ImageKV:
         path = self.of._library.negative_path(self.unit.negative)
@@ -208,6 +212,8 @@ def _weigh(value: object) -> int:
         return value.model.nbytes
     if isinstance(value, CLIPVision):
         return sum(parameter.nbytes for parameter in value.parameters())
+    if isinstance(value, list):
+        return sum(map(_weigh, value))
     if isinstance(value, ImageKV):
         return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
     return value.nbytes if isinstance(value, Tensor) else SMALL

@@ -298,16 +298,14 @@ def judge(path: Path) -> str:
         loaded = load_adapter(path)
         kind = loaded.kind
         row = (kind.embedding_width,) if kind.output == "image_embeds" else (257, kind.embedding_width)
-        kv = image_kv(run_here, loaded.model, torch.ones(1, *row))
+        (kv,) = image_kv(run_here, loaded.model, [torch.ones(1, *row)])
         assert [each.shape for each in kv[::2]] == [(1, kind.tokens, width) for width in kind.layer_widths]
 
     def vision() -> None:
         tower = load_clip_vision(path)
         size = tower.kind.image_size
-        assert encode(run_here, tower, "image_embeds", torch.zeros(1, 3, size, size)).shape == (
-            1,
-            tower.kind.projection,
-        )
+        (seen,) = encode(run_here, tower, "image_embeds", [torch.zeros(1, 3, size, size)])
+        assert seen.shape == (1, tower.kind.projection)
 
     worked = [within_limits(each) for each in (adapter, vision, lambda: load_negative(path))]
     library = Library(lambda: [path.parent], lambda: [path.parent])

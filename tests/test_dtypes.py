@@ -119,7 +119,7 @@ def test_few_large_products_equal_one_for_each_layer(
 ) -> None:
     monkeypatch.setattr(kv_module, "CHUNK", chunk)
     sd = layer_weights(channels[::2], 64, torch.Generator().manual_seed(1))
-    to_kv = To_KV()
+    to_kv = To_KV(64)
     to_kv.load_state_dict_ordered(sd)
     assert to_kv.widths == tuple(channels)
     tokens = features_for((2, 16, 64))
@@ -164,18 +164,17 @@ class Counting(nn.Module):
         return pixels
 
 
-def test_a_pictures_features_do_not_depend_on_the_others() -> None:
-    """Products of other sizes round otherwise; and which pictures are made together depends on what is known."""
+def test_a_batch_of_pictures_is_one_forward_and_several_batches_one_loading() -> None:
     encoder, loads = Counting(), []
 
     def run(module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
         loads.append(module)
         return function(torch.device("cpu"), torch.float32)
 
-    pictures = [torch.full((1, 3, 2, 2), float(n)) for n in range(3)]
+    pictures = [torch.full((1 + n, 3, 2, 2), float(n)) for n in range(3)]
     made = encode(run, encoder, "penultimate", pictures)  # type: ignore[arg-type]
     assert [float(one[0, 0, 0, 0]) for one in made] == [0.0, 1.0, 2.0]
-    assert (encoder.seen, len(loads)) == ([1, 1, 1], 1)
+    assert (encoder.seen, len(loads)) == ([1, 2, 3], 1)
 
 
 # Half precision

@@ -97,7 +97,7 @@ def test_every_layer_gets_its_own_weights_in_numeric_order() -> None:
     widths = [32 + n for n in range(70)]
     sd = base_adapter(widths, 48)["ip_adapter"]
     shuffled = dict(sorted(sd.items()))  # as text, 11 comes before 3
-    to_kv = To_KV()
+    to_kv = To_KV(48)
     to_kv.load_state_dict_ordered(shuffled)
     tokens = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(3))
     out = to_kv(tokens)
@@ -106,16 +106,18 @@ def test_every_layer_gets_its_own_weights_in_numeric_order() -> None:
         for offset, kind in enumerate("kv"):
             assert out[2 * n + offset].shape == (1, 4, width)
             assert torch.equal(out[2 * n + offset], tokens @ sd[f"{2 * n + 1}.to_{kind}_ip.weight"].T)
-    assert not any(p.requires_grad for p in to_kv.parameters())
+    for made, layer in zip(out, to_kv.to_kvs, strict=True):
+        assert torch.allclose(made, layer(tokens), atol=1e-6)
+        assert not layer.weight.requires_grad
 
 
 def test_a_layer_with_half_its_weights_is_refused() -> None:
     sd = base_adapter([32] * 16, 48)["ip_adapter"]
     del sd["7.to_v_ip.weight"]
     with pytest.raises(IPAdapterError, match="layer 7"):
-        To_KV().load_state_dict_ordered(sd)
+        To_KV(48).load_state_dict_ordered(sd)
     with pytest.raises(IPAdapterError, match="no to_k_ip"):
-        To_KV().load_state_dict_ordered({})
+        To_KV(48).load_state_dict_ordered({})
 
 
 def test_layouts_are_those_of_the_public_models() -> None:

@@ -72,8 +72,23 @@ def test_the_second_generation_opens_and_decodes_nothing(host: Host, watch: Watc
     assert (decoded, runs) == (2, 2)  # the encoder once, the adapter once, also for the uncond side
     generate(host, unit(kind, photos=("astronaut", "chelsea")))
     assert watch.take() == (0, 0, 0)
-    generate(host, unit(kind, photos=("chelsea",), weight=0.4, start=0.5))
+    generate(host, unit(kind, photos=("astronaut", "chelsea"), weight=0.4, start=0.5))
     assert watch.take() == (0, 0, 0)
+
+
+def test_a_pictures_prompt_does_not_depend_on_what_was_known_before(host: Host, watch: Watch) -> None:
+    """Pictures of a unit are encoded together, whose last digits depend on each other; so they are kept together."""
+    both = unit("plus", photos=("astronaut", "chelsea"))
+
+    def drawn() -> bytes:
+        return host.txt2img(**request(both)).images[0].tobytes()
+
+    first = drawn()
+    sys.modules["sd_image_prompt"].live_session._preparer.clear()  # type: ignore[attr-defined]
+    generate(host, unit("plus", photos=("chelsea",)))
+    watch.take()
+    assert drawn() == first
+    assert watch.take()[1:] == (2, 2)
 
 
 def test_the_same_pixels_in_other_bytes_are_decoded_and_nothing_more(host: Host, watch: Watch) -> None:
