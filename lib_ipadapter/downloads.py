@@ -188,7 +188,7 @@ class Downloader:
                 try:
                     http_get(
                         url,
-                        sink,  # type: ignore[arg-type]  # a raw file is all it needs
+                        sink,
                         resume_size=before,
                         headers=hub.utils.build_hf_headers(),
                         expected_size=total,
@@ -282,6 +282,8 @@ def _sentence(entry: Entry, error: Exception) -> str:
         return f"The hub answers HTTP {status} for {source}: try again later, or get the file in a browser."
     if _is_disk(error):
         return f"{entry.name} can't be written ({error}): make room or choose another folder, and start it again."
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return f"HF_HUB_OFFLINE is set, so {entry.name} can't be downloaded: unset it and start the WebUI anew."
     return (
         f"{entry.name} can't be downloaded ({type(error).__name__}): check that this machine reaches the hub, and "
         "start it again; it goes on where it ended."

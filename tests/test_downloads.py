@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from huggingface_hub import constants
+from huggingface_hub.utils._http import reset_sessions
 
 from lib_ipadapter import catalogue, downloads
 from lib_ipadapter.catalogue import Entry
 from lib_ipadapter.downloads import Downloader
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.library import Library
+from tests.embedded import Host
 
 DATA = os.urandom(300_000)
 ENTRY = Entry("small", "SD1.5", "base", "tests", "some/one", "models/file.bin", len(DATA), "")
@@ -78,8 +82,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # a block that breaks off is lost
+        reset_sessions()  # they remember that other tests are offline
+        monkeypatch.setattr(downloads, "ENTRIES", (ENTRY, CHECKED, WRONG))
         monkeypatch.setattr(catalogue, "ENTRIES", (ENTRY, CHECKED, WRONG))
         yield server
+        reset_sessions()
         server.shutdown()
         thread.join()
 
@@ -90,7 +99,7 @@ def downloader(tmp_path: Path) -> Downloader:
 
 
 def run(downloader: Downloader, name: str) -> dict[str, Any]:
-    assert downloader.start(name)["status"] == "running"
+    downloader.start(name)
     return downloader.wait(60)
 
 
@@ -121,7 +130,7 @@ def test_a_wrong_checksum_is_kept_and_said(hub: Hub, downloader: Downloader, tmp
     kept = tmp_path / "e" / "wrong.bin.unexpected"
     assert state["status"] == "unexpected" and kept.as_posix() in state["message"] and "0" * 64 in state["message"]
     assert kept.read_bytes() == DATA and list((tmp_path / "e").iterdir()) == [kept]
-    assert Library(lambda: [tmp_path / "e"], lambda: [])._files([tmp_path / "e"]) == []
+    assert Library(lambda: [tmp_path / "e"], list)._files([tmp_path / "e"]) == []
 
 
 def test_no_room(hub: Hub, downloader: Downloader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +193,29 @@ def test_without_extension_access(hub: Hub, tmp_path: Path) -> None:
 def test_without_the_hubs_client(hub: Hub, downloader: Downloader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "no package huggingface_hub" in run(downloader, "small")["message"]
+
+
+def test_offline_by_setting(hub: Hub, downloader: Downloader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reset_sessions()
+    assert "HF_HUB_OFFLINE" in run(downloader, "small")["message"]
+
+
+def test_the_routes(own_host: Host) -> None:
+    client = TestClient(own_host.app)
+    entries = client.get("/ip-adapter/catalogue").json()["entries"]
+    assert {"name", "licence", "size", "present"} <= set(entries[0]) and not any(each["present"] for each in entries)
+    assert client.get("/ip-adapter/download").json()["status"] == "idle"
+    assert client.post("/ip-adapter/download/cancel").json()["status"] == "idle"
+    unknown = client.post("/ip-adapter/download", json={"name": "x"})
+    assert unknown.status_code == 422 and "no entry 'x'" in unknown.json()["detail"]
+    own_host.cmd_opts.disable_extension_access = True
+    refused = client.post("/ip-adapter/download", json={"name": entries[0]["name"]})
+    assert refused.status_code == 403 and "extension access" in refused.json()["detail"]
+
+
+@pytest.fixture
+def own_host(tmp_path: Path) -> Iterator[Host]:
+    with Host("sd15", models_path=tmp_path) as made:
+        made.cmd_opts.disable_extension_access = False
+        yield made
