@@ -112,7 +112,7 @@ def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Ten
 
 
 def image_kv(run: Runner, adapter: IPAdapterModel, features: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Features of batches of pictures to ``[K_0, V_0, K_1, …]`` each, ``[B, T, layer width]``, on the compute device."""
+    """Features of batches of pictures to ``[K_0, V_0, …]`` each, ``[B, T, layer width]``, on the compute device."""
 
     def project(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         tokens = [adapter.image_proj_model(one.to(device=device, dtype=dtype)) for one in features]

@@ -72,8 +72,17 @@ def _kept_bytes() -> int:
     return limit
 
 
+def _may_download() -> bool:
+    """A WebUI that strangers may reach doesn't let them put files onto its disk."""
+    from modules import shared
+
+    return not getattr(shared.cmd_opts, "disable_extension_access", True)
+
+
 try:
-    session: Any = _part("session").Session(_part("hosts").detect(), _kept_bytes)
+    _host: Any = _part("hosts").detect()
+    session: Any = _part("session").Session(_host, _kept_bytes)
+    downloader: Any = _part("downloads").Downloader(_host.adapter_folders, _host.encoder_folders, _may_download)
 except errors.IPAdapterError as refusal:
     print(refusal, file=sys.stderr)
     session = None  # the script stays out of sight, so none of its hooks is called
@@ -113,7 +122,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         if folder:  # previews go there, and Forge Neo names one that it doesn't make
             with suppress(OSError):  # the page without previews is better than no page
                 os.makedirs(folder, exist_ok=True)
-        components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton)
+        components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton, downloader)
         return components
 
     def before_process(self, p: Any, *args: object) -> None:
@@ -170,16 +179,52 @@ def _on_ui_settings() -> None:
     )
 
 
+def _catalogue() -> dict[str, Any]:
+    """The models that can be downloaded, with licence and size, and whether each is there already."""
+    return {"entries": downloader.catalogue()}
+
+
+def _start_download(request: dict[str, Any]) -> dict[str, Any]:
+    """Starts the download of the catalogue's entry ``name``, or joins the one that runs."""
+    from fastapi import HTTPException
+
+    try:
+        state: dict[str, Any] = downloader.start(request.get("name"))
+    except errors.IPAdapterError as error:
+        raise HTTPException(error.status_code, error.detail) from None
+    return state
+
+
+def _download() -> dict[str, Any]:
+    """The running download, or the last one."""
+    state: dict[str, Any] = downloader.state()
+    return state
+
+
+def _cancel_download() -> dict[str, Any]:
+    """Asks the running download to end; what has come stays for the next try."""
+    state: dict[str, Any] = downloader.cancel()
+    return state
+
+
+ROUTES = (
+    ("GET", MODELS_ROUTE, _models),
+    ("GET", "/ip-adapter/catalogue", _catalogue),
+    ("POST", "/ip-adapter/download", _start_download),
+    ("GET", "/ip-adapter/download", _download),
+    ("POST", "/ip-adapter/download/cancel", _cancel_download),
+)
+
+
 def _on_app_started(_: Any, app: Any) -> None:
-    """Every load gets an app of its own. Our route is there when the host's API is, and asks for the same login.
+    """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same login.
 
     ``response_model=None``: neither generation of pydantic shall have a say in a plain dict.
     """
     for route in app.routes:
         if getattr(route, "path", "") == HOST_ROUTE:
-            app.add_api_route(
-                MODELS_ROUTE, _models, methods=["GET"], response_model=None, dependencies=route.dependencies
-            )
+            for method, path, answer in ROUTES:
+                app.add_api_route(path, answer, methods=[method], response_model=None, dependencies=route.dependencies)
             break
 
 
@@ -189,3 +234,4 @@ if session is not None:
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
     script_callbacks.on_script_unloaded(session.close)
+    script_callbacks.on_script_unloaded(downloader.cancel)

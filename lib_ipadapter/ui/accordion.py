@@ -48,11 +48,28 @@ class FileLists(Protocol):
         """Names of the negative files."""
 
 
+class Downloads(Protocol):
+    """What gets models; see :class:`..downloads.Downloader`."""
+
+    def catalogue(self) -> list[dict[str, Any]]:
+        """All entries."""
+
+    def start(self, name: object) -> dict[str, Any]:
+        """Starts one."""
+
+    def state(self) -> dict[str, Any]:
+        """The running or the last one."""
+
+    def cancel(self) -> dict[str, Any]:
+        """Ends the running one."""
+
+
 def build(
     files: FileLists,
     input_accordion: Callable[..., Any],
     elem_id: Callable[[str], str],
     tool_button: Callable[..., Any] = gr.Button,
+    downloads: Downloads | None = None,
 ) -> list[Any]:
     """Build the accordion in the gradio context at hand and return the script's argument components.
 
@@ -61,6 +78,7 @@ def build(
         input_accordion: the WebUI's ``InputAccordion``: an accordion that is a checkbox.
         elem_id: makes the id of an element from its local name.
         tool_button: the WebUI's small button.
+        downloads: gets models; the page has no 'Get models' without it.
 
     Returns:
         The checkbox, then :data:`~lib_ipadapter.units.UNIT_SLOTS` hidden text boxes. Nothing outside them
@@ -75,6 +93,8 @@ def build(
                 with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}")):
                     unit = _build_unit(slot, adapters, negatives, partial(_unit_id, elem_id, number), tool_button)
                     _connect_lists(files, unit)
+        if downloads is not None:
+            _build_downloads(downloads, elem_id)
     # These positions are the HTTP API: append only. Anything for the script as a whole becomes position 12,
     # after the ten slots; a new setting of a unit is a new key in its JSON and needs no position.
     return [accordion, *slots]
@@ -168,6 +188,44 @@ def _build_unit(
     preparation.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[gallery, upload_note], **_QUIET)
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
     return _Lists(refresh, model, kind, negative)
+
+
+def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> None:
+    """The folded 'Get models'. None of it is an argument of the script."""
+    labels = handlers.catalogue_labels(downloads.catalogue())
+    with gr.Accordion("Get models", open=False, elem_id=elem_id("get_models")):
+        choice = gr.Dropdown(label="Model", choices=labels, value=None, elem_id=elem_id("download_choice"))
+        licence = gr.HTML(elem_id=elem_id("download_licence"))
+        with gr.Row():
+            start = gr.Button("Download", elem_id=elem_id("download_start"))
+            cancel = gr.Button("Cancel", elem_id=elem_id("download_cancel"))
+            refresh = gr.Button("Refresh", elem_id=elem_id("download_refresh"))
+        status = gr.HTML(elem_id=elem_id("download_status"))
+    choice.do_not_save_to_config = True
+
+    def show(label: object) -> str:
+        return handlers.licence_note(downloads.catalogue(), label)
+
+    def begin(label: object) -> str:
+        return handlers.start_download(downloads.start, label)
+
+    def read() -> str:
+        return handlers.download_note(downloads.state())
+
+    def end() -> str:
+        return handlers.download_note(downloads.cancel())
+
+    # The page asks again while a download runs: a generator or a timer would need gradio's queue, which a host may
+    # have switched off.
+    poll = (
+        f"() => {{ setTimeout(() => {{ const status = document.getElementById('{elem_id('download_status')}'); "
+        "if (status && status.querySelector('[data-running]')) "
+        f"document.getElementById('{elem_id('download_refresh')}').click(); }}, 1000); return []; }}"
+    )
+    choice.change(fn=show, inputs=[choice], outputs=[licence], **_QUIET)
+    for button, function, inputs in ((start, begin, [choice]), (cancel, end, []), (refresh, read, [])):
+        event = button.click(fn=function, inputs=inputs, outputs=[status], **_QUIET)
+        event.then(fn=None, inputs=[], outputs=[], **_QUIET, **{_JS: poll})
 
 
 def _connect_lists(files: FileLists, unit: _Lists) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
@@ -64,6 +65,54 @@ def check(slot: str) -> str:
 def remark(text: str) -> str:
     """Words beside a control, as the page shows them; '' stays ''."""
     return f'<p class="ip-adapter-remark">{html.escape(text)}</p>' if text else ""
+
+
+def catalogue_labels(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each entry of the catalogue; its name comes first, up to the first blank."""
+    return [
+        f"{each['name']} · {each['family']} · {each['kind']}: {each['good_for']} · {_size(each['size'])} · "
+        f"licence {each['licence']}" + (" · there already" if each["present"] else "")
+        for each in entries
+    ]
+
+
+def licence_note(entries: Sequence[dict[str, Any]], label: object) -> str:
+    """What to know before a download: where the file comes from, its licence, whether it is there."""
+    for each in entries:
+        if each["name"] == _entry_name(label):
+            there = " It is there already." if each["present"] else ""
+            return note(
+                f"{each['repository']}/{each['file']}, {_size(each['size'])}. Licence: {each['licence']}.{there}"
+            )
+    return ""
+
+
+def start_download(start: Callable[[object], dict[str, Any]], label: object) -> str:
+    """Starts the download of the entry with this label; the state of it, or the sentence why not."""
+    if not label:
+        return note("No model is chosen: choose one of the list to download it.")
+    try:
+        return download_note(start(_entry_name(label)))
+    except IPAdapterError as error:
+        return note(str(error))
+
+
+def download_note(state: dict[str, Any]) -> str:
+    """The state of a download; marked for the page while it runs."""
+    if state["status"] == "idle":
+        return ""
+    if state["status"] != "running":
+        return note(state["message"])
+    shown = f"{state['message']} {_size(state['done'])} of {_size(state['total'])}."
+    return f"<div data-running>{note(shown)}</div>"
+
+
+def _entry_name(label: object) -> str:
+    return str(label or "").partition(" ")[0]
+
+
+def _size(size: int | None) -> str:
+    return "size not known" if size is None else f"{size / 1e6:.1f} MB"
 
 
 def note(message: str) -> str:
