@@ -228,10 +228,14 @@ def _on_app_started(_: Any, app: Any) -> None:
             break
 
 
+def _on_unloaded() -> None:
+    downloader.cancel()
+    session.close()
+
+
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
     script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
-    script_callbacks.on_script_unloaded(session.close)
-    script_callbacks.on_script_unloaded(downloader.cancel)
+    script_callbacks.on_script_unloaded(_on_unloaded)

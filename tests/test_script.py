@@ -73,8 +73,15 @@ class Session:
         self._called("close")
 """
 FAKE_HOSTS = """
+class Host(str):
+    def adapter_folders(self):
+        return []
+
+    encoder_folders = adapter_folders
+
+
 def detect():
-    return "a host"
+    return Host("a host")
 """
 
 
