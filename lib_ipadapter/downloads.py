@@ -96,8 +96,9 @@ class Downloader:
         """
         if not self._allowed():
             error = IPAdapterError(
-                "Downloads are refused because extension access is disabled on this WebUI: start it without --listen "
-                "or --share, or with --enable-insecure-extension-access, or put the file into its folder yourself."
+                "Downloads are refused because extension access is disabled on this WebUI: start it without --listen, "
+                "--server-name or --share, or with --enable-insecure-extension-access, or put the file into its folder "
+                "yourself."
             )
             error.status_code = 403
             raise error
@@ -283,7 +284,7 @@ def _sentence(entry: Entry, error: Exception) -> str:
     if _is_disk(error):
         return f"{entry.name} can't be written ({error}): make room or choose another folder, and start it again."
     if type(error).__name__ == "OfflineModeIsEnabled":
-        return f"HF_HUB_OFFLINE is set, so {entry.name} can't be downloaded: unset it and start the WebUI anew."
+        return f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {entry.name} isn't downloaded: unset it, start the WebUI anew."
     return (
         f"{entry.name} can't be downloaded ({type(error).__name__}): check that this machine reaches the hub, and "
         "start it again; it goes on where it ended."

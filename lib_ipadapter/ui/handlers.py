@@ -103,7 +103,8 @@ def download_note(state: dict[str, Any]) -> str:
         return ""
     if state["status"] != "running":
         return note(state["message"])
-    shown = f"{state['message']} {_size(state['done'])} of {_size(state['total'])}."
+    of_total = "" if state["total"] is None else f" of {_size(state['total'])}"
+    shown = f"{state['message']} {_size(state['done'])}{of_total}."
     return f"<div data-running>{note(shown)}</div>"
 
 
