@@ -284,7 +284,10 @@ def _sentence(entry: Entry, error: Exception) -> str:
     if _is_disk(error):
         return f"{entry.name} can't be written ({error}): make room or choose another folder, and start it again."
     if type(error).__name__ == "OfflineModeIsEnabled":
-        return f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {entry.name} isn't downloaded: unset it, start the WebUI anew."
+        return (
+            f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {entry.name} can't be downloaded: unset it and start the "
+            "WebUI anew."
+        )
     return (
         f"{entry.name} can't be downloaded ({type(error).__name__}): check that this machine reaches the hub, and "
         "start it again; it goes on where it ended."
