@@ -285,8 +285,8 @@ def _sentence(entry: Entry, error: Exception) -> str:
         return f"{entry.name} can't be written ({error}): make room or choose another folder, and start it again."
     if type(error).__name__ == "OfflineModeIsEnabled":
         return (
-            f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {entry.name} can't be downloaded: unset it and start the "
-            "WebUI anew."
+            f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {entry.name} can't be downloaded: unset it and start "
+            "the WebUI anew."
         )
     return (
         f"{entry.name} can't be downloaded ({type(error).__name__}): check that this machine reaches the hub, and "
