@@ -223,7 +223,7 @@ def test_an_adapter_runs_with_its_encoder_and_equals_the_reference(
     steered = host.txt2img(**request({"model": "0", "images": [base64_photo()]}))
     assert not np.array_equal(np.asarray(plain.image), np.asarray(steered.image))
     assert not host.errors
-    (unit,) = prepared
+    ((unit,),) = prepared
     assert encoder_needed(unit.kind) == encoder
 
     size = TOWERS[encoder].image_size
