@@ -145,7 +145,9 @@ def in_a_webui(models: Path) -> dict[str, Any]:
     registered: dict[str, Callable[..., Any]] = {}
     parts: dict[str, dict[str, Any]] = {
         "scripts": {"Script": Script, "AlwaysVisible": object()},
-        "script_callbacks": {f"on_{e}": registrar(e) for e in ("app_started", "cfg_denoiser", "script_unloaded")},
+        "script_callbacks": {
+            f"on_{e}": registrar(e) for e in ("app_started", "cfg_denoiser", "script_unloaded", "ui_settings")
+        },
         "ui_components": {"InputAccordion": InputAccordion, "ToolButton": gr.Button},
         "sd_hijack": {},
         "paths": {"models_path": str(models)},
