@@ -2,8 +2,8 @@
 
 An :class:`Injection` is built before sampling. For each UNet call it decides once, from the call's row roles and
 progress, what is active (:meth:`Injection.plan`); the :class:`Plan` it returns is remembered, so that a step like an
-earlier one costs nothing. A layer then does nothing but concatenate views and call attention: no device transfer, no
-device read, no arithmetic on K/V.
+earlier one costs nothing. A layer then does nothing but one copy and the attention: no device transfer, no device read,
+no arithmetic on K/V.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every layer does in one kind of UNet call.
 
 A plan is made when a kind of call (its rows, its text, its active units) is first seen. It holds every layer's image
-tokens as views laid out for the rows of the batch, so that a layer has nothing to do but concatenate and attend.
+tokens as views, and the layout of each layer for the rows of the batch, so that a layer copies once and attends.
 """
 
 from __future__ import annotations
