@@ -35,10 +35,12 @@ class Term:
     """What K and V are still to be weighed with, any finite number but 0; None: they are weighed."""
     widest: int = 1
     """Width of the UNet's widest cross-attention layer."""
+    shares: tuple[float, ...] = ()
+    """Each picture's own part of the weight, the same in every role, none of them 0; empty: all are 1."""
 
     def __post_init__(self) -> None:
-        if self.weight == 0:
-            raise ValueError("A unit of weight 0 does nothing, and is no term.")
+        if self.weight == 0 or 0 in self.shares:
+            raise ValueError("A unit or picture of weight 0 does nothing, and is none of a term's.")
 
     def on(self, device: torch.device, dtype: torch.dtype, first: int) -> Term:
         """The same, weighed, with all K and V of a layer side by side in memory there, ``first``'s role ahead.
@@ -47,18 +49,28 @@ class Term:
         times (the one uncond of several pictures, say) is weighed and kept once.
         """
         roles = sorted(self.prompts, key=lambda role: role != first)
-        distinct = {id(image): image for role in roles for image in self.prompts[role]}
+        shared = {
+            role: list(zip(images, self.shares or (1.0,) * len(images), strict=True))
+            for role, images in self.prompts.items()
+        }
+        distinct = {(id(image), share): (image, share) for role in roles for image, share in shared[role]}
         packed = dict(zip(distinct, self._packed(list(distinct.values()), device, dtype), strict=True))
-        prompts = {role: tuple(packed[id(image)] for image in images) for role, images in self.prompts.items()}
+        prompts = {role: tuple(packed[id(image), share] for image, share in pairs) for role, pairs in shared.items()}
         return Term(self.formulation, self.window, prompts)
 
-    def _packed(self, images: Sequence[ImageKV], device: torch.device, dtype: torch.dtype) -> list[ImageKV]:
-        """Weighed copies whose tensors of one layer lie one after another, in the order of ``images``.
+    def _packed(
+        self, pictures: Sequence[tuple[ImageKV, float]], device: torch.device, dtype: torch.dtype
+    ) -> list[ImageKV]:
+        """Weighed copies whose tensors of one layer lie one after another, in the order of ``pictures``.
 
         All layers of one width are handled as one tensor, so that there are few transfers and few operations.
+
+        Args:
+            pictures: each with its share of the weight.
         """
-        if not images:
+        if not pictures:
             return []
+        images, shares = zip(*pictures, strict=True)
         counts = [image.tokens for image in images]
         keys, values = ([list(getattr(image, kind)) for image in images] for kind in ("keys", "values"))
         for stacks in zip(*(image.stacks for image in images), strict=True):
@@ -66,24 +78,25 @@ class Term:
             k = torch.cat([stack.keys.to(device) for stack in stacks], dim=1)
             v = torch.cat([stack.values.to(device) for stack in stacks], dim=1)
             if self.weight is not None:
-                k, v = self._weighed(k, v, counts)
+                k, v = self._weighed(k, v, counts, shares)
             both = torch.stack((k, v), dim=1).to(dtype)  # [layers, 2, tokens of all pictures, C]
             for image, part in enumerate(torch.split(both.unsqueeze(2), counts, dim=3)):
                 for n, (key, value) in zip(numbers, part.unbind(), strict=True):
                     keys[image][n], values[image][n] = key, value
         return [ImageKV(tuple(k), tuple(v)) for k, v in zip(keys, values, strict=True)]
 
-    def _weighed(self, k: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _weighed(self, k: Tensor, v: Tensor, counts: list[int], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
         """``k`` and ``v`` ``[layers, tokens of all pictures, C]``, each picture weighed for itself."""
         assert self.weight is not None
-        share = k.shape[2] / self.widest
-        if len(set(counts)) == 1:
+        width_share = k.shape[2] / self.widest
+        if len(set(counts)) == 1 and len(set(shares)) == 1:
             by_picture = (-1, counts[0], k.shape[2])
-            weighed = self.formulation.weigh(k.view(by_picture), v.view(by_picture), self.weight, share)
+            weight = self.weight * shares[0]
+            weighed = self.formulation.weigh(k.view(by_picture), v.view(by_picture), weight, width_share)
             return weighed[0].view(k.shape), weighed[1].view(v.shape)
+        parts = zip(torch.split(k, counts, dim=1), torch.split(v, counts, dim=1), shares, strict=True)
         pairs = [
-            self.formulation.weigh(one_k, one_v, self.weight, share)
-            for one_k, one_v in zip(torch.split(k, counts, dim=1), torch.split(v, counts, dim=1), strict=True)
+            self.formulation.weigh(one_k, one_v, self.weight * share, width_share) for one_k, one_v, share in parts
         ]
         return torch.cat([one_k for one_k, _ in pairs], dim=1), torch.cat([one_v for _, one_v in pairs], dim=1)
 

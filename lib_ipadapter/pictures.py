@@ -26,6 +26,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import IPAdapterError
+from .units import MIDDLE, Crop
 
 LIMIT_PIXELS = 178_956_970
 """Pixels of the largest picture that is read: Pillow's own limit against decompression bombs, half a GiB as RGB."""
@@ -304,15 +305,22 @@ def _clip(text: str) -> str:
 # --- Preparation: what the encoder sees of a picture that isn't square ------------------------------------------------
 
 
-def _crop(picture: Image.Image, size: int) -> Image.Image:
-    """The shorter side becomes ``size``, and the middle of the longer one is kept.
+def _crop(picture: Image.Image, size: int, crop: Crop) -> Image.Image:
+    """A square of the picture becomes ``size``; see :class:`.units.ImageRef` for which.
 
+    By default the shorter side becomes ``size``, and the middle of the longer one is kept.
     This is CLIP's own preparation: resize, then crop. Resizing all of a very long picture would need a huge one in
     between, so only the box that the crop keeps is resized. Pillow's filter still reads the pixels beside the box, and
     the box is the one that CLIP's whole numbers give, so the result is the same.
     """
     width, height = picture.size
     long, short = max(width, height), min(width, height)
+    if crop != MIDDLE:
+        x, y, zoom = crop
+        side = max(1.0, short / zoom)
+        left, top = x * (width - side), y * (height - side)
+        square = (left, top, min(left + side, width), min(top + side, height))
+        return picture.resize((size, size), Image.Resampling.BICUBIC, box=square)
     resized = int(size * long / short)
     start = (resized - size) // 2
     low = start * long / resized
@@ -321,12 +329,12 @@ def _crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _squash(picture: Image.Image, size: int) -> Image.Image:
+def _squash(picture: Image.Image, size: int, _: Crop) -> Image.Image:
     """The whole picture, out of proportion."""
     return picture.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _pad(picture: Image.Image, size: int) -> Image.Image:
+def _pad(picture: Image.Image, size: int, _: Crop) -> Image.Image:
     """The whole picture in proportion, in the middle, its outermost rows or columns repeated beside it.
 
     The longer side becomes ``size`` and the shorter one its share, at least one pixel; with an odd rest the band to the
@@ -342,7 +350,7 @@ def _pad(picture: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(np.pad(array, bands, mode="edge"))
 
 
-PREPARATIONS: Mapping[str, Callable[[Image.Image, int], Image.Image]] = {
+PREPARATIONS: Mapping[str, Callable[[Image.Image, int, Crop], Image.Image]] = {
     "crop": _crop,
     "squash": _squash,
     "pad": _pad,
@@ -350,20 +358,21 @@ PREPARATIONS: Mapping[str, Callable[[Image.Image, int], Image.Image]] = {
 """From an RGB picture to the encoder's square, by the name that units use. All resize with antialiased bicubic."""
 
 
-def prepare(picture: Image.Image, preparation: str, size: int = 224) -> Image.Image:
+def prepare(picture: Image.Image, preparation: str, size: int = 224, crop: Crop = MIDDLE) -> Image.Image:
     """The exact input of an image encoder, as an RGB picture of ``size`` × ``size`` pixels.
 
     Args:
         picture: of :func:`read_picture`; one that isn't RGB goes through it first.
         preparation: a key of :data:`PREPARATIONS`.
         size: the encoder's ``image_size``.
+        crop: which square the preparation "crop" takes; see :class:`.units.ImageRef`.
 
     Raises:
         IPAdapterError: for an unknown preparation.
     """
     if preparation not in PREPARATIONS:
         raise IPAdapterError(f"The preparation is {preparation!r}; it can be {', '.join(PREPARATIONS)}.")
-    return PREPARATIONS[preparation](picture if picture.mode == "RGB" else read_picture(picture), size)
+    return PREPARATIONS[preparation](picture if picture.mode == "RGB" else read_picture(picture), size, crop)
 
 
 # --- Pixels -----------------------------------------------------------------------------------------------------------

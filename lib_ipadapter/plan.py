@@ -139,9 +139,14 @@ class _Addition:
         return scaled_dot_product(folded, keys, values, heads).view(rows.shape)
 
 
+def _once(images: tuple[ImageKV, ...]) -> tuple[ImageKV, ...]:
+    """One of them, if all are the same."""
+    return images[:1] if all(image is images[0] for image in images) else images
+
+
 def _additions(roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
-    # To attend to copies of the same tokens is to attend to them once: the one uncond of several pictures counts once.
-    distinct = {role: list({id(i): i for i in images.get(role, ())}.values()) for role in dict.fromkeys(roles)}
+    # To attend to nothing but copies of the same tokens is to attend to them once: so with the uncond of all pictures.
+    distinct = {role: _once(images.get(role, ())) for role in dict.fromkeys(roles)}
     whole = {
         role: ImageKV(
             tuple(row(layer) for layer in zip(*(i.keys for i in given), strict=True)),

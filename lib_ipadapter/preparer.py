@@ -40,7 +40,7 @@ from .progress import Window
 from .recognise import AdapterKind, recognise_adapter
 from .rows import COND, UNCOND
 from .tensorfile import open_tensors
-from .units import ImageRef, Unit
+from .units import MIDDLE, Crop, ImageRef, Unit
 
 FileIdentity = tuple[str, int, int]
 
@@ -64,8 +64,9 @@ class PreparedUnit:
     def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
-        prompts = {COND: self.conds, UNCOND: self.unconds}
-        return Term(self.formulation, self.window, prompts, self.unit.weight, max(info.widths))
+        prompts = {role: images for role, images in ((COND, self.conds), (UNCOND, self.unconds)) if images}
+        shares = tuple(image.weight for image in self.unit.acting_images)
+        return Term(self.formulation, self.window, prompts, self.unit.weight, max(info.widths), shares)
 
     def infotext(self) -> str:
         """Every setting that says how the unit acted, ``auto`` resolved."""
@@ -150,7 +151,7 @@ class _Job:
         shall not depend on which of them were known before.
         """
         encoder, adapter = file_identity(self.encoder_path), file_identity(self.path)
-        sources = [self._source(ref) for ref in self.unit.images]
+        sources = [self._source(ref) for ref in self.unit.acting_images]
         distinct = dict(sources)
         pictures = ("features", tuple(distinct), self.unit.preparation, encoder, self.kind.output)
         none = ("features", uncond, "", encoder, self.kind.output)
@@ -161,7 +162,7 @@ class _Job:
             size = tower.kind.image_size
             pixels: dict[Hashable, Tensor] = {}
             if pictures in missing:
-                pixels[pictures] = torch.cat([self._pixels(picture, size) for picture in distinct.values()])
+                pixels[pictures] = torch.cat([self._pixels(read, crop, size) for (_, crop), read in distinct.items()])
             if none in missing and uncond != ZERO_EMBEDS:
                 pixels[none] = uncond_pixels(uncond, size)
             made = dict(zip(pixels, encode(self.of._run, tower, self.kind.output, list(pixels.values())), strict=True))
@@ -177,21 +178,26 @@ class _Job:
         keys = [("K/V", key, adapter) for key in ((pictures, none) if encoded else (pictures,))]
         of_pictures, *of_none = self.of._kept.get_all(keys, kv)
         by_picture = dict(zip(distinct, of_pictures, strict=True))
-        conds = [by_picture[sha256] for sha256, _ in sources]
+        conds = [by_picture[picture] for picture, _ in sources]
         if uncond == "file":
             return conds, self._negative()
         return conds, of_none[0][0] if encoded else None
 
-    def _source(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
-        """A picture's hash, and how to read it: one that is known by what was received isn't decoded for that."""
+    def _source(self, ref: ImageRef) -> tuple[tuple[str, Crop], Callable[[], Image.Image]]:
+        """What the encoder sees of a picture (its hash and crop), and how to read it.
+
+        A picture that is known by what was received isn't decoded for that.
+        """
+        crop = ref.crop if self.unit.preparation == "crop" else MIDDLE
         if ref.sha256:
-            return ref.sha256, lambda: uploads.get(ref.sha256)
+            return (ref.sha256, crop), lambda: uploads.get(ref.sha256)
         picture = cache(lambda: read_picture(ref.data))
         received = hashlib.sha256(ref.data.encode("utf-8", "surrogatepass")).digest()
-        return self.of._kept.get(("received", received), lambda: picture_hash(picture())), picture
+        sha256 = self.of._kept.get(("received", received), lambda: picture_hash(picture()))
+        return (sha256, crop), picture
 
-    def _pixels(self, picture: Callable[[], Image.Image], size: int) -> Tensor:
-        return clip_preprocess(to_pixels([prepare(picture(), self.unit.preparation, size)]), size)
+    def _pixels(self, read: Callable[[], Image.Image], crop: Crop, size: int) -> Tensor:
+        return clip_preprocess(to_pixels([prepare(read(), self.unit.preparation, size, crop)]), size)
 
     def _negative(self) -> ImageKV:
         path = self.of._library.negative_path(self.unit.negative)

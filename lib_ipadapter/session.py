@@ -93,7 +93,7 @@ class Session:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
 
         Args:
-            units: those that take part; a unit of weight 0 doesn't.
+            units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part.
 
         Returns:
             What to write into the picture's parameters.
@@ -101,7 +101,7 @@ class Session:
         Raises:
             IPAdapterError: if a unit can't do what it was asked.
         """
-        active = {number: unit for number, unit in enumerate(units, 1) if unit.weight != 0}
+        active = {number: unit for number, unit in enumerate(units, 1) if unit.acting_images}
         if not active:
             return {}
         info = self._host.unet_info(p)

@@ -56,16 +56,26 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORE
 _SHOWN_CHARACTERS = 40
 
 
+Crop = tuple[float, float, float]
+MIDDLE: Crop = (0.5, 0.5, 1.0)
+"""The crop that a picture has by default: its middle, as large as can be."""
+ZOOM_RANGE = (1.0, 10.0)
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """One picture of a unit: either its bytes as text (base64 or a data URI) or the hash of an uploaded one.
 
     Exactly one of ``data`` and ``sha256`` (64 hexadecimal digits) is filled; otherwise
-    :class:`IPAdapterError`.
+    :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
+    preparation "crop" takes (the others show the whole picture): x and y from 0 (left, top) to 1 (right, bottom) of
+    the way that the square can go, and a zoom from 1 (the shorter side) to 10.
     """
 
     data: str = ""
     sha256: str = ""
+    weight: float = 1.0
+    crop: Crop = MIDDLE
 
     def __post_init__(self) -> None:
         for name, value in (("data", self.data), ("sha256", self.sha256)):
@@ -85,10 +95,12 @@ class ImageRef:
                     f'The picture\'s "sha256" is {_shown(self.sha256)}; allowed are 64 hexadecimal digits.'
                 )
             object.__setattr__(self, "sha256", lowered)
+        object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
+        object.__setattr__(self, "crop", _as_crop(self.crop))
 
     @classmethod
     def from_json(cls, value: object) -> ImageRef:
-        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``."""
+        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``, ``weight`` and ``crop``."""
         if isinstance(value, ImageRef):
             return value
         if isinstance(value, str):
@@ -96,16 +108,21 @@ class ImageRef:
                 raise IPAdapterError("The picture is empty; allowed is base64 or a data URI, or leave it out.")
             return cls(data=value)
         if isinstance(value, Mapping):
-            _refuse_unknown(value, ("data", "sha256"))
+            _refuse_unknown(value, ("data", "sha256", "weight", "crop"))
             return cls(**value)
         raise IPAdapterError(
             f"The picture is {_shown(value)}; allowed is base64, a data URI, "
             'or {"sha256": "…"} for an uploaded picture.'
         )
 
-    def to_json(self) -> str | dict[str, str]:
-        """The JSON value that :meth:`from_json` reads back."""
-        return {"sha256": self.sha256} if self.sha256 else self.data
+    def to_json(self) -> str | dict[str, Any]:
+        """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
+        values: dict[str, Any] = {"sha256": self.sha256} if self.sha256 else {"data": self.data}
+        if self.weight != 1.0:
+            values["weight"] = self.weight
+        if self.crop != MIDDLE:
+            values["crop"] = list(self.crop)
+        return self.data if list(values) == ["data"] else values
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,11 @@ class Unit:
                 f'The field "negative" is {_shown(self.negative)} while "uncond" is "{self.uncond}"; '
                 'allowed is a negative file only with "uncond" set to "file".'
             )
+
+    @property
+    def acting_images(self) -> tuple[ImageRef, ...]:
+        """The pictures that take part: those whose weight, and the unit's, isn't 0."""
+        return tuple(image for image in self.images if self.weight * image.weight != 0)
 
     @classmethod
     def from_json(cls, source: str | Mapping[str, Any] | Unit) -> Unit:
@@ -332,6 +354,15 @@ def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
             f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
         )
     return number + 0.0  # −0.0 becomes 0.0
+
+
+def _as_crop(value: object) -> Crop:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise IPAdapterError(
+            f'The field "crop" is {_shown(value)}; allowed is [x, y, zoom], x and y from 0 to 1, zoom from 1 to 10.'
+        )
+    x, y = (_as_number(f"crop {name}", each, WINDOW_RANGE) for name, each in zip("xy", value, strict=False))
+    return x, y, _as_number("crop zoom", value[2], ZOOM_RANGE)
 
 
 def _as_images(value: object) -> tuple[ImageRef, ...]:
