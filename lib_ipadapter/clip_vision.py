@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .errors import IPAdapterError
 from .recognise import EncoderKind, recognise_encoder
+from .resident import Resident
 from .tensorfile import open_tensors
 
 NORM_EPS = 1e-5
@@ -68,6 +69,8 @@ class _Block(nn.Module):
 class CLIPVision(nn.Module):
     """A vision tower with its projection.
 
+    Its blocks stay in host memory as their file has them, and come one by one to where the rest of it is, in its dtype.
+
     Args:
         kind: sizes and activation. Weights come from :meth:`from_tensors` or :func:`load_clip_vision`.
     """
@@ -80,7 +83,7 @@ class CLIPVision(nn.Module):
         self.patch_embedding = nn.Conv2d(3, kind.width, kernel_size=kind.patch, stride=kind.patch, bias=False)
         self.position_embedding = nn.Parameter(torch.zeros(1 + patches, kind.width))
         self.norm_in = nn.LayerNorm(kind.width, eps=NORM_EPS)
-        self.blocks = nn.ModuleList(_Block(kind) for _ in range(kind.layers))
+        self.blocks = Resident(_Block(kind) for _ in range(kind.layers))
         self.norm_out = nn.LayerNorm(kind.width, eps=NORM_EPS)
         self.projection = nn.Linear(kind.width, kind.projection, bias=False)
 
@@ -104,28 +107,41 @@ class CLIPVision(nn.Module):
         Raises:
             IPAdapterError: if S isn't the tower's ``image_size``.
         """
-        penultimate = self.penultimate(pixels)
-        x = self.blocks[-1](penultimate)
-        return VisionOutput(self.projection(self.norm_out(x[:, 0])), penultimate)
+        return self.each([pixels])[0]
 
-    def image_embeds(self, pixels: Tensor) -> Tensor:
-        """The first output alone."""
-        return self(pixels).image_embeds
+    def each(self, batches: Sequence[Tensor]) -> list[VisionOutput]:
+        """:meth:`forward` of several batches, each for itself, with the blocks brought once."""
+        return [
+            VisionOutput(self.projection(self.norm_out(last[:, 0])), penultimate)
+            for penultimate, last in self._states(batches, self.kind.layers)
+        ]
 
-    def penultimate(self, pixels: Tensor) -> Tensor:
-        """The second output alone, which needs no last block; raises as :meth:`forward`."""
+    def penultimates(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The second output alone, which needs no last block, of several batches as in :meth:`each`."""
+        return [state for state, _ in self._states(batches, self.kind.layers - 1)]
+
+    def _states(self, batches: Sequence[Tensor], blocks: int) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch the states that enter the last block, and those that leave the last of ``blocks``."""
         size = self.kind.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise IPAdapterError(
-                f"The pixels for {self.kind.name} have the shape {list(pixels.shape)}; it takes [pictures, 3, {size}, "
-                f"{size}]: prepare the picture for this image encoder."
-            )
+        for pixels in batches:
+            if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+                raise IPAdapterError(
+                    f"The pixels for {self.kind.name} have the shape {list(pixels.shape)}; it takes [pictures, 3, "
+                    f"{size}, {size}]: prepare the picture for this image encoder."
+                )
+        states = penultimate = [self._embedded(pixels) for pixels in batches]
+        weight = self.patch_embedding.weight
+        for n, block in enumerate(self.blocks.brought(blocks, weight.device, weight.dtype), 1):
+            states = [block(x) for x in states]
+            if n == self.kind.layers - 1:
+                penultimate = states
+        return list(zip(penultimate, states, strict=True))
+
+    def _embedded(self, pixels: Tensor) -> Tensor:
         x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat((self.class_embedding.expand(x.shape[0], 1, -1), x), dim=1)
-        x = self.norm_in(x + self.position_embedding)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
+        embedded: Tensor = self.norm_in(x + self.position_embedding)
+        return embedded
 
 
 def load_clip_vision(path: str | os.PathLike[str]) -> CLIPVision:

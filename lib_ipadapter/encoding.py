@@ -96,6 +96,10 @@ def _by_shape(file: TensorFile, keys: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+PENULTIMATE = "penultimate"
+"""The encoder's output that some adapters take; the others take ``image_embeds``."""
+
+
 def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Tensor]) -> list[Tensor]:
     """What the encoder says of batches of pictures, each one forward; in float32 in host memory.
 
@@ -105,8 +109,12 @@ def encode(run: Runner, encoder: CLIPVision, output: str, pictures: Sequence[Ten
     """
 
     def see(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        features = getattr(encoder, output)
-        return [features(pixels.to(device=device, dtype=dtype)).float().cpu() for pixels in pictures]
+        there = [pixels.to(device=device, dtype=dtype) for pixels in pictures]
+        if output == PENULTIMATE:
+            made = encoder.penultimates(there)
+        else:
+            made = [each.image_embeds for each in encoder.each(there)]
+        return [each.float().cpu() for each in made]
 
     return _finite(run, encoder, see) if pictures else []
 

@@ -47,6 +47,9 @@ class Kept:
         self._bytes: dict[Hashable, int] = {}
         self._made = False
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of ``key``, made when it isn't there."""
         return self.get_all([key], lambda _: [make()])[0]

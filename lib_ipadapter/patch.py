@@ -16,6 +16,7 @@ from .layers import LAYOUTS, WIDEST_LAYER, LayerKey, first_in_forward_order
 from .plan import ImageKV, scaled_dot_product
 from .progress import Window, progress_of_timestep, scaled_linear_schedule
 from .rows import COND, UNCOND, Call, roles_of_rows
+from .weighing import weigh
 
 Task = tuple[tuple[Sequence[Tensor], Sequence[Tensor]], float, float]
 """``((ip_conds, ip_unconds), stop, weight)``."""
@@ -50,7 +51,7 @@ def patch_model(model: Any, tasks: Sequence[Task]) -> Any:
     new_model.model_options = dict(new_model.model_options)  # a clone may share it
     if not terms:
         return new_model
-    layers = len(next(iter(terms[0].prompts.values()))[0].keys)
+    layers = sum(map(len, terms[0].weighed.layers))
     keys = LAYOUTS[layers]
     injection = Injection(terms, layers)
     _move_to(injection, new_model)
@@ -85,7 +86,9 @@ def _term(kv: tuple[Sequence[Tensor], Sequence[Tensor]], stop: float, weight: fl
     if not (weight == weight and abs(weight) != float("inf")) or stop != stop:
         raise IPAdapterError(f"A task has stop {stop} and weight {weight}; both must be finite numbers.")
     prompts = {COND: (ImageKV.from_pairs(conds),), UNCOND: (ImageKV.from_pairs(unconds),)}
-    return Term(JOINT, Window(0.0, stop), prompts, weight, WIDEST_LAYER) if weight != 0 else None
+    if weight == 0:
+        return None
+    return Term(JOINT, Window(0.0, stop), weigh(prompts, JOINT, weight, (), WIDEST_LAYER, UNCOND))
 
 
 def _move_to(injection: Injection, model: Any) -> None:

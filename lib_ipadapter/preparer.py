@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ from .recognise import AdapterKind, recognise_adapter
 from .rows import COND, UNCOND
 from .tensorfile import open_tensors
 from .units import MIDDLE, Crop, ImageRef, Unit
+from .weighing import Weighed, weigh
 
 FileIdentity = tuple[str, int, int]
 
@@ -55,6 +58,7 @@ class PreparedUnit:
     uncond: str
     conds: tuple[ImageKV, ...]
     unconds: tuple[ImageKV, ...]
+    weighed: Weighed
 
     @property
     def window(self) -> Window:
@@ -64,9 +68,7 @@ class PreparedUnit:
     def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
-        prompts = {role: images for role, images in ((COND, self.conds), (UNCOND, self.unconds)) if images}
-        shares = tuple(image.weight for image in self.unit.acting_images)
-        return Term(self.formulation, self.window, prompts, self.unit.weight, max(info.widths), shares)
+        return Term(self.formulation, self.window, self.weighed)
 
     def infotext(self) -> str:
         """Every setting that says how the unit acted, ``auto`` resolved."""
@@ -86,11 +88,13 @@ class Preparer:
         library: the files.
         run: where modules compute.
         limit: bytes of host memory for what is kept from one generation to the next.
+        first: the role whose rows the host puts first when both are in one batch.
     """
 
-    def __init__(self, library: Library, run: Runner, limit: Callable[[], int]) -> None:
+    def __init__(self, library: Library, run: Runner, limit: Callable[[], int], first: int) -> None:
         self._library = library
         self._run = run
+        self._first = first
         self._kept = Kept(limit, _weigh)
 
     def prepare(self, units: Sequence[Unit], info: UNetInfo) -> list[PreparedUnit]:
@@ -117,9 +121,15 @@ class Preparer:
         conds, none = job.image_kv(uncond)
         # Each picture has its uncond tokens: in one softmax the uncond side must weigh as much as the cond side.
         unconds = () if none is None else (none,) * len(conds)
-        return PreparedUnit(
-            unit, kind, resolve_formulation(unit.formulation, kind.variant), uncond, tuple(conds), unconds
+        formulation = resolve_formulation(unit.formulation, kind.variant)
+        shares = tuple(image.weight for image in unit.acting_images)
+        prompts = {COND: tuple(conds), UNCOND: unconds}
+        widest = max(info.widths)
+        weighed = self._kept.get(
+            ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
+            lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
         )
+        return PreparedUnit(unit, kind, formulation, uncond, tuple(conds), unconds, weighed)
 
     def clear(self) -> None:
         """Forgets all models, features and K/V."""
@@ -129,9 +139,13 @@ class Preparer:
         """The image encoder of a file."""
         return self._kept.get(("encoder", file_identity(path)), lambda: load_clip_vision(path))
 
-    def adapter(self, path: Path) -> LoadedAdapter:
-        """The adapter of a file."""
-        return self._kept.get(("adapter", file_identity(path)), lambda: load_adapter(path))
+    @contextmanager
+    def adapter(self, path: Path) -> Iterator[Callable[[], LoadedAdapter]]:
+        """The adapter of a file, which is read while the block runs; what is given waits for it."""
+        key = ("adapter", file_identity(path))
+        with ThreadPoolExecutor(1) as pool:
+            reading = None if key in self._kept else pool.submit(load_adapter, path)
+            yield lambda: self._kept.get(key, lambda: load_adapter(path) if reading is None else reading.result())
 
 
 @dataclass(frozen=True)
@@ -150,9 +164,8 @@ class _Job:
         A unit's pictures are encoded together and kept together: the last digits of each depend on the others, and
         shall not depend on which of them were known before.
         """
-        encoder, adapter = file_identity(self.encoder_path), file_identity(self.path)
-        sources = [self._source(ref) for ref in self.unit.acting_images]
-        distinct = dict(sources)
+        encoder, adapter = self._files
+        distinct = dict(self._sources)
         pictures = ("features", tuple(distinct), self.unit.preparation, encoder, self.kind.output)
         none = ("features", uncond, "", encoder, self.kind.output)
         encoded = uncond not in ("none", "file")
@@ -169,8 +182,9 @@ class _Job:
             return [made[key] if key in made else zero_embeds(self.kind, tower.kind) for key in missing]
 
         def kv(missing: Sequence[tuple[str, Hashable, FileIdentity]]) -> list[list[ImageKV]]:
-            given = self.of._kept.get_all([key for _, key, _ in missing], features)
-            made = image_kv(self.of._run, self.of.adapter(self.path).model, given)
+            with self.of.adapter(self.path) as adapter:
+                given = self.of._kept.get_all([key for _, key, _ in missing], features)
+                made = image_kv(self.of._run, adapter().model, given)
             return [
                 [_in_host_memory([t[n : n + 1] for t in pairs]) for n in range(pairs[0].shape[0])] for pairs in made
             ]
@@ -178,10 +192,24 @@ class _Job:
         keys = [("K/V", key, adapter) for key in ((pictures, none) if encoded else (pictures,))]
         of_pictures, *of_none = self.of._kept.get_all(keys, kv)
         by_picture = dict(zip(distinct, of_pictures, strict=True))
-        conds = [by_picture[picture] for picture, _ in sources]
+        conds = [by_picture[picture] for picture, _ in self._sources]
         if uncond == "file":
             return conds, self._negative()
         return conds, of_none[0][0] if encoded else None
+
+    def source(self, uncond: str) -> Hashable:
+        """What K and V of the pictures and of none are made of."""
+        negative = file_identity(self.of._library.negative_path(self.unit.negative)) if uncond == "file" else None
+        return tuple(picture for picture, _ in self._sources), self.unit.preparation, uncond, negative, self._files
+
+    @cached_property
+    def _files(self) -> tuple[FileIdentity, FileIdentity]:
+        """Encoder and adapter."""
+        return file_identity(self.encoder_path), file_identity(self.path)
+
+    @cached_property
+    def _sources(self) -> list[tuple[tuple[str, Crop], Callable[[], Image.Image]]]:
+        return [self._source(ref) for ref in self.unit.acting_images]
 
     def _source(self, ref: ImageRef) -> tuple[tuple[str, Crop], Callable[[], Image.Image]]:
         """What the encoder sees of a picture (its hash and crop), and how to read it.
@@ -203,8 +231,9 @@ class _Job:
         path = self.of._library.negative_path(self.unit.negative)
 
         def from_file() -> ImageKV:
-            tokens = load_negative(path, self.kind.context_width)
-            return _in_host_memory(token_kv(self.of._run, self.of.adapter(self.path).model, tokens))
+            with self.of.adapter(self.path) as adapter:
+                tokens = load_negative(path, self.kind.context_width)
+                return _in_host_memory(token_kv(self.of._run, adapter().model, tokens))
 
         return self.of._kept.get(("negative K/V", file_identity(path), file_identity(self.path)), from_file)
 
@@ -222,7 +251,7 @@ def _weigh(value: object) -> int:
         return sum(map(_weigh, value))
     if isinstance(value, ImageKV):
         return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
-    return value.nbytes if isinstance(value, Tensor) else SMALL
+    return value.nbytes if isinstance(value, (Tensor, Weighed)) else SMALL
 
 
 def _in_host_memory(pairs: list[Tensor]) -> ImageKV:

@@ -53,7 +53,7 @@ class Session:
     def __init__(self, host: Host, kept_bytes: Callable[[], int] = lambda: limit_bytes(DEFAULT_GB)) -> None:
         self._host = host
         self._library = Library(host.adapter_folders, host.encoder_folders)
-        self._preparer = Preparer(self._library, host.run, kept_bytes)
+        self._preparer = Preparer(self._library, host.run, kept_bytes, host.first_role)
 
     # What the page lists
 
@@ -178,7 +178,6 @@ class Session:
         run.injection = Injection(
             terms,
             len(info.keys),
-            self._host.first_role,
             lambda progress: _check_stops(run, progress),
         )
         if before is not None:

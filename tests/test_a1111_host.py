@@ -21,6 +21,7 @@ from lib_ipadapter.layers import SD15, LayerKey
 from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
+from lib_ipadapter.weighing import weigh
 from tests.bare_model import softmax_attention
 
 HEADS, CHANNELS, CONTEXT, QUERIES = 2, 6, 10, 3
@@ -193,8 +194,8 @@ def prompts(spec: Spec, seed: int) -> dict[int, tuple[ImageKV, ...]]:
 
 
 def injection_of(specs: Sequence[Spec], window: Window = Window()) -> Injection:  # noqa: B008
-    terms = [Term(s[0], window, prompts(s, 100 * n), s[1], WIDEST) for n, s in enumerate(specs)]
-    return Injection(terms, LAYERS, COND)
+    weighed = [weigh(prompts(s, 100 * n), s[0], s[1], (), WIDEST, COND) for n, s in enumerate(specs)]
+    return Injection([Term(s[0], window, w) for s, w in zip(specs, weighed, strict=True)], LAYERS)
 
 
 # One UNet call

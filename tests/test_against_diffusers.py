@@ -16,6 +16,7 @@ from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
 from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
+from lib_ipadapter.weighing import weigh
 from tests.adapter_files import Nested, base_adapter, plus_adapter
 from tests.embedded.ldm import DiffusionModel
 from tests.embedded.shapes import SHAPES, make_unet
@@ -59,7 +60,7 @@ def test_whole_unet_output(shape: str, variant: str, pictures: int) -> None:
         COND: tuple(kv(features[n : n + 1]) for n in range(pictures)),
         UNCOND: (kv(no_picture),) * pictures,
     }
-    term = Term(DECOUPLED, Window(), prompts, WEIGHT, max(widths))
+    term = Term(DECOUPLED, Window(), weigh(prompts, DECOUPLED, WEIGHT, (), max(widths), UNCOND))
     keys = LAYOUTS[len(widths)]
     current = CurrentPlan(
         Injection([term], len(keys)), lambda _: None, lambda *_: Call((UNCOND, COND), 0.5), first_in_forward_order(keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -24,8 +24,10 @@ from lib_ipadapter.layers import SD15, SD_V12_CHANNELS, SD_XL_CHANNELS, LayerKey
 from lib_ipadapter.plan import ImageKV
 from lib_ipadapter.progress import Window
 from lib_ipadapter.recognise import EncoderKind
+from lib_ipadapter.resident import bytes_there
 from lib_ipadapter.rows import COND, UNCOND, Call
 from lib_ipadapter.tensorfile import TensorFile
+from lib_ipadapter.weighing import weigh
 from tests.adapter_files import Nested, base_adapter, full_face_adapter, layer_weights, plus_adapter
 
 T = TypeVar("T")
@@ -152,6 +154,9 @@ def test_a_files_matrices_are_in_memory_once(stored: Any, monkeypatch: pytest.Mo
     assert to_kv.nbytes == 2 * 2 * sum(WIDTHS) * CONTEXT
 
 
+KIND = EncoderKind("small", 64, 4, 2, 14, 28, 32, "gelu", 128)
+
+
 class Counting(nn.Module):
     """An encoder that keeps how many pictures it saw at once."""
 
@@ -159,9 +164,9 @@ class Counting(nn.Module):
         super().__init__()
         self.seen: list[int] = []
 
-    def penultimate(self, pixels: Tensor) -> Tensor:
-        self.seen.append(len(pixels))
-        return pixels
+    def penultimates(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        self.seen += map(len, batches)
+        return list(batches)
 
 
 def test_a_batch_of_pictures_is_one_forward_and_several_batches_one_loading() -> None:
@@ -175,6 +180,37 @@ def test_a_batch_of_pictures_is_one_forward_and_several_batches_one_loading() ->
     made = encode(run, encoder, "penultimate", pictures)  # type: ignore[arg-type]
     assert [float(one[0, 0, 0, 0]) for one in made] == [0.0, 1.0, 2.0]
     assert (encoder.seen, len(loads)) == ([1, 2, 3], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_the_blocks_of_an_encoder_stay_as_they_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tower = CLIPVision(KIND).requires_grad_(False).eval().half()
+    for block in tower.blocks:
+        block.half()
+    pixels = torch.randn(2, 3, 28, 28).half()
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tower.blocks.state_dict().items()}
+    tower.to(dtype)
+    assert (tower.norm_in.weight.dtype, tower.blocks[0].q.weight.dtype) == (dtype, torch.float16)
+    out = tower(pixels)
+    for key, tensor in tower.blocks.state_dict().items():
+        assert (tensor.data_ptr(), tensor.dtype) == (before[key][0], torch.float16)
+        assert torch.equal(tensor, before[key][1])
+
+    for block in tower.blocks:
+        block.to(dtype)
+    wanted = tower(pixels)
+    assert torch.equal(out.penultimate, wanted.penultimate)
+    assert torch.equal(out.image_embeds, wanted.image_embeds)
+    assert torch.equal(tower.penultimates([pixels])[0], wanted.penultimate)
+
+
+def test_room_is_made_for_one_block_of_an_encoder_alone() -> None:
+    tower = CLIPVision(KIND)
+    whole = sum(parameter.numel() for parameter in tower.parameters())
+    block = sum(parameter.numel() for parameter in tower.blocks[0].parameters())
+    assert bytes_there(tower, torch.float16) == 2 * (whole - (KIND.layers - 1) * block)
+    assert bytes_there(nn.Linear(3, 5), torch.float32) == 4 * 20
 
 
 # Half precision
@@ -195,9 +231,6 @@ def test_half_precision_is_close_to_float32_and_never_overflows(
         assert float((one.float() - other).abs().mean() / other.abs().mean()) < (0.01 if dtype == HALF[0] else 0.05)
 
 
-KIND = EncoderKind("small", 64, 4, 2, 14, 28, 32, "gelu", 128)
-
-
 @pytest.mark.parametrize("output", ["image_embeds", "penultimate"])
 @pytest.mark.parametrize("gain", [1.0, 3e4])
 def test_an_encoder_of_large_numbers_is_finite_in_half_precision(output: str, gain: float) -> None:
@@ -207,10 +240,11 @@ def test_an_encoder_of_large_numbers_is_finite_in_half_precision(output: str, ga
     for block in tower.blocks:
         block.fc_2.weight *= gain
         block.fc_2.bias.fill_(gain / 3)
+        block.half()
     tower.half()  # both runs have the same weights
     pictures = [torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))]
     wanted = encode(runner(torch.float32), tower, output, pictures)[0]
-    found = encode(runner(torch.float16), tower.half(), output, pictures)[0]
+    found = encode(runner(torch.float16), tower, output, pictures)[0]
     assert found.isfinite().all()
     limit = wanted.clamp(-65504, 65504)
     assert float((found - limit).abs().mean() / limit.abs().mean()) < 0.01
@@ -294,14 +328,15 @@ def test_k_and_v_have_the_querys_type_whatever_the_unet_is_stored_in(case: str, 
         return ImageKV.from_pairs([torch.randn(1, 4, width, generator=generator) for width in SD_V12_CHANNELS])
 
     images = [image(1), image(2)]
-    terms = [Term(JOINT, Window(), {COND: (images[0],), UNCOND: (images[1],)}, 1.0, max(WIDTHS))]
-    injection = Injection(terms, len(SD15), UNCOND)
+    prompts = {COND: (images[0],), UNCOND: (images[1],)}
+    terms = [Term(JOINT, Window(), weigh(prompts, JOINT, 1.0, (), max(WIDTHS), UNCOND))]
+    injection = Injection(terms, len(SD15))
     injection.to(info.device, info.dtype)
     injection.plan(Call((UNCOND, COND), lambda: 0.5, None), 77, torch.device("cpu"), query)
-    exact = Injection(terms, len(SD15), UNCOND)
+    exact = Injection(terms, len(SD15))
     exact.to(torch.device("cpu"), torch.float32)
     for role in (COND, UNCOND):
-        found, wanted = (each.terms[0].prompts[role][0] for each in (injection, exact))
+        found, wanted = (each._prompts[0][role][0] for each in (injection, exact))
         for one, other in zip(found.keys + found.values, wanted.keys + wanted.values, strict=True):
             assert one.dtype == query
             torch.testing.assert_close(one.float(), other, rtol=0.02, atol=0.02)

@@ -28,6 +28,7 @@ from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
 from lib_ipadapter.plan import ImageKV, Plan
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
+from lib_ipadapter.weighing import weigh
 from tests.bare_model import LAYERS
 from tests.bench.unets import FAMILIES, Sampling, make_unet
 from tests.bench.variants import Variants
@@ -79,7 +80,8 @@ def injection(
     first: int = UNCOND,
 ) -> Injection:
     prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
-    return Injection([Term(formulation, window, prompts, 0.7, 1280)], len(LAYERS[layout]), first)
+    weighed = weigh(prompts, formulation, 0.7, (), 1280, first)
+    return Injection([Term(formulation, window, weighed)], len(LAYERS[layout]))
 
 
 def no_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -203,7 +205,7 @@ def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pict
     made = injection("sdxl", JOINT, pictures)
     with torch.inference_mode():
         plan = made.plan(Call(rows(batch), 0.5, EQUAL), TEXT, torch.device("cpu"), torch.float32)
-    kept = {s for images in made.terms[0].prompts.values() for image in images for s in storages(image)}
+    kept = {s for images in made._prompts[0].values() for image in images for s in storages(image)}
     assert len(kept) == 2  # one for each width
     held: dict[int, int] = {}
     for view in tree_leaves(plan.images):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from hypothesis import strategies as st
 
 from lib_ipadapter import plan as plan_module
 from lib_ipadapter.errors import IPAdapterError
-from lib_ipadapter.formulations import DECOUPLED, JOINT, resolve_formulation
+from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation, resolve_formulation
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.plan import ImageKV, Plan, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, OTHER, UNCOND, Call, roles_of_rows
+from lib_ipadapter.weighing import Prompts, weigh
 from tests.bare_model import softmax_attention
 
 WIDTH, HEADS, QUERIES, LAYERS = 32, 4, 5, 2
@@ -28,12 +31,26 @@ def picture(tokens: int, seed: int) -> ImageKV:
     return ImageKV.from_pairs([torch.randn(1, tokens, WIDTH, generator=generator) for _ in range(2 * LAYERS)])
 
 
-def term(formulation: object, weight: float = 0.7, conds: object = (4,), unconds: object = (4,), seed: int = 0) -> Term:
+@dataclass(frozen=True)
+class RawTerm(Term):
+    """A term that still knows what it was made of."""
+
+    prompts: Prompts
+    weight: float
+
+
+def term(
+    formulation: Formulation,
+    weight: float = 0.7,
+    conds: Sequence[int] = (4,),
+    unconds: Sequence[int] = (4,),
+    seed: int = 0,
+) -> RawTerm:
     prompts = {
-        COND: tuple(picture(tokens, seed + n) for n, tokens in enumerate(conds)),  # type: ignore[arg-type]
-        UNCOND: tuple(picture(tokens, seed + 50 + n) for n, tokens in enumerate(unconds)),  # type: ignore[arg-type]
+        COND: tuple(picture(tokens, seed + n) for n, tokens in enumerate(conds)),
+        UNCOND: tuple(picture(tokens, seed + 50 + n) for n, tokens in enumerate(unconds)),
     }
-    return Term(formulation, Window(), prompts, weight, WIDEST)  # type: ignore[arg-type]
+    return RawTerm(formulation, Window(), weigh(prompts, formulation, weight, (), WIDEST, UNCOND), prompts, weight)
 
 
 def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,7 +60,7 @@ def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Te
 
 
 def expected(
-    terms: list[Term],
+    terms: list[RawTerm],
     roles: tuple[int, ...],
     q: torch.Tensor,
     ks: list[torch.Tensor],
@@ -57,8 +74,7 @@ def expected(
         keys, values = [ks[row].double().numpy()], [vs[row].double().numpy()]
         added = np.zeros((QUERIES, WIDTH))
         for each in terms:
-            prompts, weight = each.prompts, each.weight or 0.0
-            images = prompts.get(role, ())
+            images, weight = each.prompts.get(role, ()), each.weight
             if each.formulation is JOINT:
                 for image in images:
                     scale = weight * WIDTH / WIDEST
@@ -159,7 +175,7 @@ def test_an_opaque_replacement_gets_the_extended_tokens_or_the_unit_is_refused()
 
 def test_nothing_active_is_idle() -> None:
     early = term(JOINT)
-    injection = Injection([Term(JOINT, Window(0.0, 0.5), early.prompts, 0.7, WIDEST)], LAYERS)
+    injection = Injection([Term(JOINT, Window(0.0, 0.5), early.weighed)], LAYERS)
     assert not plan_for(injection, Call((1, 0), 0.4), 7).idle
     assert plan_for(injection, Call((1, 0), 0.6), 7).idle
     assert plan_for(Injection([term(DECOUPLED, unconds=())], LAYERS), Call((1,), 0.4), 7).idle
@@ -178,24 +194,72 @@ def test_the_same_kind_of_call_is_planned_once() -> None:
 def test_one_uncond_of_several_pictures_is_kept_once() -> None:
     uncond = picture(4, 9)
     prompts = {COND: (picture(4, 1), picture(4, 2)), UNCOND: (uncond, uncond)}
-    one = Term(JOINT, Window(), prompts, 0.5, WIDEST)
     with torch.inference_mode():
-        moved = one.on(torch.device("cpu"), torch.float64, UNCOND)
-    assert moved.weight is None
-    assert moved.prompts[UNCOND][0] is moved.prompts[UNCOND][1]
+        weighed = weigh(prompts, JOINT, 0.5, (), WIDEST, UNCOND)
+    moved = weighed.on(torch.device("cpu"), torch.float64)
+    assert moved[UNCOND][0] is moved[UNCOND][1]
     raw = picture(4, 2)
     k, v = JOINT.weigh(raw.keys[1], raw.values[1], 0.5, WIDTH / WIDEST)
-    assert torch.equal(moved.prompts[COND][1].keys[1], k.double())
-    assert torch.allclose(moved.prompts[COND][1].values[1], v.double(), rtol=0, atol=1e-6)
-    assert len({image.keys[0].untyped_storage()._cdata for images in moved.prompts.values() for image in images}) == 1
-    assert moved.prompts[COND][0].keys[0].untyped_storage().nbytes() == 2 * 3 * 4 * WIDTH * 8 * LAYERS
-    assert moved.on(torch.device("cpu"), torch.float64, UNCOND).prompts[COND][1].keys[1].equal(k.double())
+    assert torch.equal(moved[COND][1].keys[1], k.double())
+    assert torch.allclose(moved[COND][1].values[1], v.double(), rtol=0, atol=1e-6)
+    assert len({image.keys[0].untyped_storage()._cdata for images in moved.values() for image in images}) == 1
+    assert moved[COND][0].keys[0].untyped_storage().nbytes() == 2 * 3 * 4 * WIDTH * 8 * LAYERS
+    assert weighed.nbytes == 2 * 3 * 4 * WIDTH * 4 * LAYERS
+
+
+def test_what_is_where_it_is_needed_is_not_copied() -> None:
+    weighed = weigh({COND: (picture(4, 1),)}, JOINT, 0.5, (), WIDEST, UNCOND)
+    there = weighed.on(torch.device("cpu"), torch.float32)
+    assert there[COND][0].keys[0].untyped_storage()._cdata == weighed.stacks[0].untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+def test_a_picture_has_its_share_of_the_weight_in_both_roles(formulation: Formulation) -> None:
+    uncond = picture(4, 9)
+    prompts = {COND: (picture(4, 1), picture(4, 2), picture(4, 3)), UNCOND: (uncond, uncond, uncond)}
+    found = weigh(prompts, formulation, 0.8, (1.0, -0.5, 1.0), WIDEST, UNCOND).on(torch.device("cpu"), torch.float32)
+    for role, images in prompts.items():
+        for each, raw, share in zip(found[role], images, (1.0, -0.5, 1.0), strict=True):
+            k, v = formulation.weigh(raw.keys[1], raw.values[1], 0.8 * share, WIDTH / WIDEST)
+            torch.testing.assert_close(each.keys[1], k, rtol=0, atol=1e-6)
+            torch.testing.assert_close(each.values[1], v, rtol=0, atol=1e-6)
+    assert found[UNCOND][0] is found[UNCOND][2]
+    assert found[UNCOND][0] is not found[UNCOND][1]
+
+
+def test_pictures_that_repeat_count_as_often_unless_all_are_the_same() -> None:
+    """In an attention of its own, copies of the same tokens change nothing where nothing else is there."""
+    a, b = picture(4, 1), picture(4, 2)
+    q, k, v = text(1, 7)
+
+    def out(*images: ImageKV) -> torch.Tensor:
+        weighed = weigh({COND: images}, DECOUPLED, 1.0, (), WIDEST, UNCOND)
+        plan = plan_for(Injection([Term(DECOUPLED, Window(), weighed)], LAYERS), Call((COND,), 0.5), 7)
+        return plan.attend(0, q, k, v, HEADS, scaled_dot_product, None)
+
+    plain = scaled_dot_product(q, k, v, HEADS)
+
+    def alone(*images: ImageKV) -> torch.Tensor:
+        keys, values = (torch.cat([getattr(image, kind)[0] for image in images], dim=1) for kind in ("keys", "values"))
+        return plain + scaled_dot_product(q, keys, values, HEADS)
+
+    torch.testing.assert_close(out(a, a), alone(a))
+    torch.testing.assert_close(out(a, a, b), alone(a, a, b))
+    assert not torch.allclose(out(a, a, b), out(a, b))
 
 
 def test_weight_zero_is_no_term() -> None:
     for formulation in (JOINT, DECOUPLED):
-        with pytest.raises(ValueError, match="weight 0"):
-            Term(formulation, Window(), {COND: (picture(4, 1),)}, 0.0, WIDEST)
+        for weight, shares in ((0.0, [1.0]), (0.5, [0.0])):
+            with pytest.raises(ValueError, match="weight 0"):
+                weigh({COND: (picture(4, 1),)}, formulation, weight, shares, WIDEST, UNCOND)
+
+
+def test_cond_and_uncond_of_different_adapters_are_refused() -> None:
+    longer = picture(4, 1)
+    longer = ImageKV(longer.keys * 2, longer.values * 2)
+    with pytest.raises(IPAdapterError, match="K and V for 2 and 4 cross-attention layers"):
+        weigh({COND: (longer,), UNCOND: (picture(4, 2),)}, JOINT, 1.0, (), WIDEST, UNCOND)
 
 
 def test_another_number_of_layers_is_refused() -> None:

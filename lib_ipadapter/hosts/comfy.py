@@ -18,6 +18,7 @@ from ..injection import Injection
 from ..layers import LayerKey, first_in_forward_order
 from ..plan import Attention
 from ..progress import SigmaSchedule, scaled_linear_schedule
+from ..resident import bytes_there
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
@@ -75,9 +76,8 @@ class ComfyHost(ModelFolders):
         memory = self._memory
         device = torch.device(memory.get_torch_device())
         dtype = torch.float16 if memory.should_use_fp16(device) else torch.float32
-        size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
         if device.type != "cpu":
-            memory.free_memory(size * 1.2 + WORKING_MEMORY, device)
+            memory.free_memory(bytes_there(module, dtype) * 1.2 + WORKING_MEMORY, device)
         return on_device(module, device, dtype, function, memory.soft_empty_cache)
 
     # The UNet

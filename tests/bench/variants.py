@@ -21,6 +21,7 @@ from lib_ipadapter.packing import in_host_memory
 from lib_ipadapter.plan import Attention, ImageKV
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND
+from lib_ipadapter.weighing import weigh
 from tests.adapter_files import Nested, base_adapter, plus_adapter
 from tests.embedded.attention import attention_function
 from tests.embedded.patcher import UnetPatcher
@@ -164,10 +165,11 @@ class Variants:
 
         def make() -> Variant:
             prompts = {COND: tuple(images[1:]), UNCOND: (images[0],) * pictures}
-            term = Term(formulation, window, prompts, WEIGHT, max(self.info.widths))
             host = BenchHost(self.sampling.device, self.sampling.dtype)
+            weighed = weigh(prompts, formulation, WEIGHT, (), max(self.info.widths), host.first_role)
+            term = Term(formulation, window, weighed)
             p = job(self.sampling.unet)
-            injection = Injection([term], len(self.info.keys), host.first_role)
+            injection = Injection([term], len(self.info.keys))
             host.attach(p, injection)
 
             def before(sigma: Tensor) -> None:
