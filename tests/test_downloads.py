@@ -42,6 +42,12 @@ class Hub(ThreadingHTTPServer):
         self.drops: list[int] = []
         self.status = 200
         self.gate: threading.Event | None = None
+        self.elsewhere = ""
+        """Where the file's bytes are, if not here."""
+        self.renamed = ""
+        """The repository's name now."""
+        self.error_code = ""
+        self.asked: list[tuple[str, str]] = []
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -57,14 +63,39 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(DATA) - start))
         self.end_headers()
 
+    def _goes_elsewhere(self) -> bool:
+        """Redirects as the hub does: to a repository's new name, or to the servers that have the bytes."""
+        self.server.asked.append((self.command, self.path))
+        if self.server.renamed and self.server.renamed not in self.path:
+            self.send_response(307)
+            self.send_header("Location", self.path.replace("some/one", self.server.renamed))
+        elif self.server.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.elsewhere}/blob?signed=abc")
+            self.send_header("X-Linked-Size", str(len(DATA)))
+            self.send_header("X-Linked-Etag", '"def"')
+            self.send_header("X-Repo-Commit", "1" * 40)
+            self.send_header("ETag", '"abc"')
+        else:
+            return False
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
     def do_HEAD(self) -> None:
+        if self._goes_elsewhere():
+            return
         if self.server.status != 200:
             self.send_response(self.server.status)
+            if self.server.error_code:
+                self.send_header("X-Error-Code", self.server.error_code)
             self.end_headers()
         else:
             self._head(0)
 
     def do_GET(self) -> None:
+        if self._goes_elsewhere():
+            return
         asked = self.headers.get("Range")
         self.server.ranges.append(asked)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
@@ -94,6 +125,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
+def storage() -> Iterator[Hub]:
+    """The servers that have the bytes of the hub's large files."""
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
 def downloader(tmp_path: Path) -> Downloader:
     return Downloader(lambda: [tmp_path / "a"], lambda: [tmp_path / "e"], lambda: True)
 
@@ -109,6 +151,36 @@ def test_a_download(hub: Hub, downloader: Downloader, tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "a").iterdir()] == ["checked.bin"]
     assert (tmp_path / "a" / "checked.bin").read_bytes() == DATA
     assert not (tmp_path / "e").exists()
+
+
+def test_the_bytes_are_on_another_server(hub: Hub, storage: Hub, downloader: Downloader, tmp_path: Path) -> None:
+    hub.elsewhere = f"http://127.0.0.1:{storage.server_port}"
+    storage.drops = [100_000]
+    state = run(downloader, "checked")
+    assert (state["status"], state["total"]) == ("done", len(DATA)), state
+    assert (tmp_path / "a" / "checked.bin").read_bytes() == DATA
+    assert [command for command, _ in hub.asked] == ["HEAD", "GET", "GET"]
+    assert storage.ranges == [None, "bytes=100000-"]
+    assert all("signed=abc" in path for _, path in storage.asked)
+
+
+def test_a_renamed_repository(hub: Hub, storage: Hub, downloader: Downloader, tmp_path: Path) -> None:
+    hub.renamed, hub.elsewhere = "some/other", f"http://127.0.0.1:{storage.server_port}"
+    assert run(downloader, "checked")["status"] == "done"
+    assert (tmp_path / "a" / "checked.bin").read_bytes() == DATA
+    assert ("HEAD", "/some/other/resolve/main/file.bin") in hub.asked
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, ""), (404, "RepoNotFound")])
+def test_a_repository_that_asks_for_an_account_or_is_gone(
+    hub: Hub, downloader: Downloader, tmp_path: Path, status: int, code: str
+) -> None:
+    hub.status, hub.error_code = status, code
+    state = run(downloader, "checked")
+    assert state["status"] == "failed"
+    assert f"HTTP {status}" in state["message"]
+    assert "some/one/file.bin" in state["message"]
+    assert [each.name for each in (tmp_path / "a").iterdir()] == []
 
 
 def test_drops_are_resumed(hub: Hub, downloader: Downloader, tmp_path: Path) -> None:
