@@ -25,8 +25,6 @@ class Entry:
     """In bytes; ``None`` if not known."""
     sha256: str
     """'' if not known."""
-    licence: str = ""
-    """'' if not known: the repository's page says it."""
 
     @property
     def saved_as(self) -> str:
@@ -34,10 +32,16 @@ class Entry:
         return self.name + PurePosixPath(self.file).suffix
 
     @property
-    def licence_text(self) -> str:
-        """The licence for people, also where it isn't known."""
-        return self.licence or f"not known here, see the page of {self.repository}"
+    def licence(self) -> str:
+        """For people, also where it isn't known."""
+        return LICENCES.get(self.repository, f"not known here, see the page of {self.repository}")
 
+
+LICENCES = {
+    "h94/IP-Adapter": "Apache-2.0 (as its model card says)",
+    "ostris/ip-composition-adapter": "Apache-2.0 (as its model card says)",
+}
+"""By repository, as stored copies of its model card say."""
 
 ENTRIES = (
     Entry(

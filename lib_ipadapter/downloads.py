@@ -83,7 +83,7 @@ class Downloader:
     def catalogue(self) -> list[dict[str, Any]]:
         """All entries, ready for JSON, and whether each is ``present`` already."""
         return [
-            {**asdict(entry), "licence": entry.licence_text, "present": self._present(entry) is not None}
+            {**asdict(entry), "licence": entry.licence, "present": self._present(entry) is not None}
             for entry in ENTRIES
         ]
 

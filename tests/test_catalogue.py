@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -20,8 +21,13 @@ def test_entries() -> None:
     for entry in ENTRIES:
         assert entry.saved_as.endswith(SUFFIXES) and re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repository)
         assert re.fullmatch(r"([0-9a-f]{64})?", entry.sha256) and (entry.size is None or entry.size > 0)
-        assert entry.licence_text and find(entry.name) is entry
+        assert entry.licence.startswith("Apache-2.0") and find(entry.name) is entry
     assert {entry.family for entry in ENTRIES if entry.kind == ENCODER} == {"any"}
+
+
+def test_an_unknown_licence_is_said() -> None:
+    entry = dataclasses.replace(ENTRIES[0], repository="some/one")
+    assert entry.licence == "not known here, see the page of some/one"
 
 
 def test_an_unknown_name() -> None:

@@ -264,6 +264,30 @@ def test_several_units_and_pictures_each_add_their_share(host: Host) -> None:
     assert same(one, with_disabled)
 
 
+def test_a_pictures_weight_is_its_part_of_the_units(host: Host) -> None:
+    def pictures(*weights: float, **fields: Any) -> Any:
+        whole = unit(photos=("astronaut", "coffee")[: len(weights)], **fields)
+        images = [{"data": data, "weight": weight} for data, weight in zip(whole["images"], weights, strict=True)]
+        return host.txt2img(**request({**whole, "images": images})).image
+
+    assert same(pictures(0.5), host.txt2img(**request(unit(weight=0.5))).image)
+    assert same(pictures(0.5, weight=-1.0), host.txt2img(**request(unit(weight=-0.5))).image)
+    assert same(pictures(1.0, 0.0), host.txt2img(**request(unit())).image)
+    assert same(pictures(0.0, 0.0), host.txt2img(**request()).image)
+    assert difference(pictures(1.0, 1.0), pictures(1.0, 0.3)) > 0.5
+
+
+def test_a_crop_is_what_the_encoder_sees(host: Host) -> None:
+    def cropped(*crop: float, **fields: Any) -> Any:
+        whole = unit(photos=("coffee",), **fields)
+        return host.txt2img(**request({**whole, "images": [{"data": whole["images"][0], "crop": crop}]})).image
+
+    plain = host.txt2img(**request(unit(photos=("coffee",)))).image
+    assert same(cropped(0.5, 0.5, 1), plain)
+    assert difference(cropped(0, 0, 2), plain) > 0.5
+    assert same(cropped(0, 0, 2, preparation="squash"), cropped(0.5, 0.5, 1, preparation="squash"))
+
+
 def test_switched_on_without_a_picture_the_job_stops(host: Host) -> None:
     for units in ([], [unit(enabled=False)]):
         with pytest.raises(ValueError, match="no picture in any enabled unit"):

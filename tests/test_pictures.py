@@ -31,6 +31,7 @@ from lib_ipadapter.pictures import (
     read_picture,
     to_pixels,
 )
+from lib_ipadapter.units import MIDDLE
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -483,6 +484,33 @@ def test_very_long_pictures_are_fine() -> None:
 
 
 # Preparation
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (1, 300)])
+@pytest.mark.parametrize(
+    "crop", [(0.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.25, 0.75, 2.0), (0.5, 0.5, 10.0), (1.0, 0.0, 3.0)]
+)
+def test_a_crop_of_ones_own(size: tuple[int, int], crop: tuple[float, float, float]) -> None:
+    picture = photo(*size)
+    x, y, zoom = crop
+    side = max(1.0, min(size) / zoom)
+    left, top = x * (size[0] - side), y * (size[1] - side)
+    # Enlarged forty times, every place of the box is a whole pixel, and the two ways differ by their filters alone.
+    large = picture.resize((size[0] * 40, size[1] * 40), Image.Resampling.BICUBIC)
+    box = tuple(round(40 * v) for v in (left, top, left + side, top + side))
+    wanted = large.crop(box).resize((224, 224), Image.Resampling.BICUBIC)
+    out = array(prepare(picture, "crop", 224, crop)).astype(int)
+    assert np.abs(out - array(wanted).astype(int)).mean() < 6
+    for preparation in ("squash", "pad"):
+        assert np.array_equal(array(prepare(picture, preparation, 224, crop)), array(prepare(picture, preparation)))
+
+
+def test_the_middle_is_the_default_crop() -> None:
+    picture = photo(300, 200)
+    assert np.array_equal(array(prepare(picture, "crop", 224, MIDDLE)), array(prepare(picture, "crop")))
+    nearly = array(prepare(picture, "crop", 224, (0.5, 0.5, 1.0 + 1e-9))).astype(int)
+    assert np.abs(nearly - array(prepare(picture, "crop")).astype(int)).mean() < 1
+
 
 PROCESSOR = CLIPImageProcessor(do_center_crop=True, resample=3)
 SIZES = [

@@ -17,6 +17,7 @@ from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.units import (
     FOREIGN_NAMES,
     FORMULATIONS,
+    MIDDLE,
     PREPARATIONS,
     SCHEMA_VERSION,
     UNCONDS,
@@ -36,9 +37,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
     max_leaves=6,
 )
-image_refs = st.one_of(
-    any_text.filter(str.strip).map(lambda text: ImageRef(data=text)),
-    st.text("0123456789abcdef", min_size=64, max_size=64).map(lambda text: ImageRef(sha256=text)),
+sources = st.one_of(
+    any_text.filter(str.strip).map(lambda text: {"data": text}),
+    st.text("0123456789abcdef", min_size=64, max_size=64).map(lambda text: {"sha256": text}),
+)
+crops = st.just(MIDDLE) | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(1, 10))
+image_refs = st.builds(
+    lambda source, weight, crop: ImageRef(**source, weight=weight, crop=crop),
+    sources,
+    st.just(1.0) | st.floats(-5, 5),
+    crops,
 )
 
 
@@ -123,6 +131,37 @@ def test_images_may_be_one_or_a_list(images: object) -> None:
 
 def test_upper_case_hashes_are_the_same_picture() -> None:
     assert Unit.from_json({"images": {"sha256": SHA256.upper()}}).images == (ImageRef(sha256=SHA256),)
+
+
+def test_a_picture_has_a_weight_and_a_crop() -> None:
+    unit = Unit.from_json({"images": [{"sha256": SHA256, "weight": "0.5", "crop": [0, "0.25", 2]}, PICTURE]})
+    assert unit.images == (ImageRef(sha256=SHA256, weight=0.5, crop=(0.0, 0.25, 2.0)), ImageRef(data=PICTURE))
+    assert ImageRef(data=PICTURE, weight=0.5).to_json() == {"data": PICTURE, "weight": 0.5}
+    assert ImageRef(data=PICTURE).to_json() == PICTURE
+
+
+@pytest.mark.parametrize(
+    ("given_value", "words"),
+    [
+        ({"weight": 6}, 'field "weight" is 6'),
+        ({"weight": True}, 'field "weight" is true'),
+        ({"crop": 3}, r'field "crop" is 3; allowed is \[x, y, zoom\]'),
+        ({"crop": [0.5, 0.5]}, 'field "crop" is a list of 2'),
+        ({"crop": [0.5, 1.5, 1]}, 'field "crop y" is 1.5'),
+        ({"crop": [0.5, 0.5, 0.5]}, 'field "crop zoom" is 0.5; allowed is a finite number from 1 to 10'),
+        ({"wieght": 1}, '"weight"'),
+    ],
+)
+def test_wrong_weights_and_crops_of_a_picture(given_value: dict[str, Any], words: str) -> None:
+    message = sentence_of(Unit.from_json, {"images": [PICTURE, {"sha256": SHA256, **given_value}]})
+    assert message.startswith('The field "images", picture 2 of 2: ')
+    assert re.search(words, message), message
+
+
+def test_pictures_that_take_part() -> None:
+    one, off = ImageRef(data=PICTURE, weight=-0.5), ImageRef(data=PICTURE, weight=0)
+    assert Unit(images=(off, one)).acting_images == (one,)
+    assert Unit(images=(one,), weight=0).acting_images == ()
 
 
 @pytest.mark.parametrize(
