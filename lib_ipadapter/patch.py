@@ -105,12 +105,12 @@ class _BareModel:
     """Reads rows and progress of a UNet call where no WebUI says them."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        # Not the model itself, whose options hold this: in a ring, K/V would wait for the garbage collector.
+        self._inner = getattr(model, "model", None)
 
     def marker(self, extra_options: ExtraOptions) -> Any:
         """What carries the noise level: the model's current step, or the call's timesteps or sigmas."""
-        inner = getattr(self._model, "model", None)
-        step = getattr(getattr(inner, "diffusion_model", None), "current_step", None)
+        step = getattr(getattr(self._inner, "diffusion_model", None), "current_step", None)
         if step is not None:
             return step
         timesteps = extra_options.get("timesteps")
@@ -145,8 +145,7 @@ class _BareModel:
         return value
 
     def _progress_of_sigma(self, sigma: float) -> float:
-        inner = getattr(self._model, "model", None)
-        schedule = getattr(inner, "predictor", None) or getattr(inner, "model_sampling", None)
+        schedule = getattr(self._inner, "predictor", None) or getattr(self._inner, "model_sampling", None)
         if schedule is None:
             return scaled_linear_schedule().progress(sigma)
         return progress_of_timestep(float(schedule.timestep(torch.tensor(sigma))))

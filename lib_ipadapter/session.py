@@ -82,7 +82,7 @@ class Session:
 
     def begin(self, p: Any) -> None:
         """A job starts: nothing of an earlier one may act in it, however that ended."""
-        setattr(p, _RUN, None)
+        self._let_go(p)
         self._host.detach(p)
         # A copied job (a cell of an X/Y/Z grid) shares its parameters with the others; ours are of this job alone.
         parameters = {key: value for key, value in p.extra_generation_params.items() if not _OUR_KEY.fullmatch(key)}
@@ -139,11 +139,12 @@ class Session:
 
     def end(self, p: Any) -> None:
         """A job is over."""
+        self._let_go(p)
         self._host.detach(p)
-        setattr(p, _RUN, None)
 
     def fail(self, p: Any, message: str) -> None:
         """This job can't do what was asked: it ends with the sentence, and nothing of ours acts in it."""
+        self._let_go(p)
         setattr(p, _RUN, _Run(failed=True))
         self._host.detach(p)
         self._host.fail(p, message)
@@ -154,6 +155,13 @@ class Session:
         self._preparer.clear()
 
     # Inside
+
+    def _let_go(self, p: Any) -> None:
+        """Frees a job's K/V now: run and injection refer to each other, so the collector would come for them later."""
+        run: _Run | None = getattr(p, _RUN, None)
+        if run is not None:
+            run.injection = None
+        setattr(p, _RUN, None)
 
     def _attach(self, p: Any, run: _Run) -> None:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,31 @@ def test_the_setting_says_what_is_kept(host: Host, watch: Watch, monkeypatch: py
         assert opened
         assert (decoded, runs) == (1, 2)
     assert not sys.modules["sd_image_prompt"].live_session._preparer._kept._values  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stop", [1.0, 0.6])
+def test_nothing_of_a_generation_waits_for_the_garbage_collector(
+    host: Host, monkeypatch: pytest.MonkeyPatch, stop: float
+) -> None:
+    """Its K/V lie where the UNet computes, and would add up there until the collector happens to run."""
+    session = sys.modules["sd_image_prompt.session"]
+    made: list[weakref.ref[Any]] = []
+
+    def recorded(*args: Any) -> Any:
+        injection = session_injection(*args)
+        made.append(weakref.ref(injection))
+        return injection
+
+    session_injection = session.Injection  # type: ignore[attr-defined]
+    monkeypatch.setattr(session, "Injection", recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(host, unit(stop=stop))
+        assert made
+        assert [each() for each in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 def test_a_wrong_setting_ends_the_job_with_a_sentence(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ class ComfyHost(ModelFolders):
         current = CurrentPlan(
             injection,
             lambda extra_options: extra_options["sigmas"],
-            self._reader(unet, info.keys),
+            self._reader(unet.model.diffusion_model, info.keys),
             first_in_forward_order(info.keys),
         )
         there = _replacements(unet)
@@ -146,7 +146,8 @@ class ComfyHost(ModelFolders):
         progress = self._progress(sigmas) if self._asks_progress else None
         self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress)
 
-    def _reader(self, unet: Any, keys: Sequence[LayerKey]) -> ReadCall:
+    def _reader(self, diffusion_model: nn.Module, keys: Sequence[LayerKey]) -> ReadCall:
+        # It holds no patcher, whose options hold it: in a ring, a job's K/V would wait for the garbage collector.
         first_layer = first_in_forward_order(keys)
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
@@ -156,7 +157,7 @@ class ComfyHost(ModelFolders):
             if layer == first_layer:
                 step.count(chunks)
             if step.beyond and len(set(chunks)) == 1 and step.texts:
-                to_k: Any = dict(cross_attention(unet.model.diffusion_model))[keys[layer]].to_k
+                to_k: Any = dict(cross_attention(diffusion_model))[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
                 roles = roles_by_text(k, texts)
             # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
