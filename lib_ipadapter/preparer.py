@@ -131,6 +131,10 @@ class Preparer:
         )
         return PreparedUnit(unit, kind, formulation, uncond, tuple(conds), unconds, weighed)
 
+    def pictures(self, unit: Unit) -> list[Image.Image]:
+        """The pictures of a unit that take part, as they were given."""
+        return [uploads.get(ref.sha256) if ref.sha256 else read_picture(ref.data) for ref in unit.acting_images]
+
     def clear(self) -> None:
         """Forgets all models, features and K/V."""
         self._kept.clear()

@@ -11,6 +11,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import ERROR_KEY, IPAdapterError
@@ -20,6 +21,7 @@ from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .preparer import PreparedUnit, Preparer
 from .progress import Window
+from .results import save_beside, strip
 from .units import Unit
 
 INFOTEXT_KEY = "IP-Adapter"
@@ -136,6 +138,35 @@ class Session:
         """Takes out the pictures of a job that a comment has ended in mid-pass: they are decoded blank latents."""
         if self._host.was_ended_by_comment(p):
             pictures.clear()
+
+    def finish(self, p: Any, processed: Any, show: bool, save: bool) -> None:
+        """A job has its results: the first of them is shown and saved with the references, if that is wanted.
+
+        What goes wrong with that is said beside the results, which are there.
+
+        Args:
+            processed: the host's results.
+            show: whether a strip of references and result is added to the gallery.
+            save: whether the references are saved beside the result's file, if it has one.
+        """
+        run: _Run | None = getattr(p, _RUN, None)
+        if run is None or not run.units or not processed.images:
+            return
+        number = min(processed.index_of_first_image, len(processed.images) - 1)
+        result = processed.images[number]
+        file = getattr(result, "already_saved_as", None)
+        if not (show or (save and file)):
+            return
+        try:
+            references = [picture for each in run.units for picture in self._preparer.pictures(each.unit)]
+            if save and file:
+                save_beside(references, Path(file))
+            if show:
+                processed.images.append(strip(references, result))
+                processed.infotexts.append(processed.infotexts[number])
+        except (IPAdapterError, OSError) as error:
+            # The job's own comments have been read by now.
+            processed.comments = f"{processed.comments}The references aren't beside the result: {error}\n"
 
     def end(self, p: Any) -> None:
         """A job is over."""

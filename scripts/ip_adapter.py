@@ -26,7 +26,9 @@ MODELS_ROUTE = "/ip-adapter/models"
 HOST_ROUTE = "/sdapi/v1/sd-models"
 """One of the host's API, beside which ours stands."""
 KEPT_GB = "ip_adapter_kept_gb"
-"""Key of our setting."""
+SHOW_STRIP = "ip_adapter_show_strip"
+SAVE_REFERENCES = "ip_adapter_save_references"
+"""Keys of our settings."""
 
 
 def _eject_previous() -> None:
@@ -148,6 +150,10 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
 
     def postprocess(self, p: Any, processed: Any, *args: object) -> None:
         """The job is done."""
+        from modules import shared
+
+        show = not getattr(p, "is_api", False) and getattr(shared.opts, SHOW_STRIP, False)
+        session.finish(p, processed, show, getattr(shared.opts, SAVE_REFERENCES, False))
         session.end(p)
 
 
@@ -166,17 +172,18 @@ def _on_ui_settings() -> None:
     import gradio
     from modules import shared
 
-    label = "Memory for loaded models and pictures (GB of RAM; 0: nothing is kept after a generation)"
-    shared.opts.add_option(
-        KEPT_GB,
-        shared.OptionInfo(
+    options = {
+        KEPT_GB: (
             kept.DEFAULT_GB,
-            label,
+            "Memory for loaded models and pictures (GB of RAM; 0: nothing is kept after a generation)",
             gradio.Slider,
             {"minimum": 0, "maximum": 64, "step": 0.5},
-            section=("ip_adapter", "IP-Adapter"),
         ),
-    )
+        SHOW_STRIP: (False, "Show the references beside the first result in the gallery", gradio.Checkbox, {}),
+        SAVE_REFERENCES: (False, "Save the references beside the file of the first result", gradio.Checkbox, {}),
+    }
+    for key, option in options.items():
+        shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
 
 
 def _catalogue() -> dict[str, Any]:

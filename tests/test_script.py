@@ -63,6 +63,9 @@ class Session:
     def on_step(self, params):
         self._called("on_step", params)
 
+    def finish(self, p, processed, show, save):
+        self._called("finish", p, processed, show, save)
+
     def end(self, p):
         self._called("end", p)
 
@@ -290,7 +293,7 @@ def test_hooks_survive_having_no_arguments(script: SimpleNamespace) -> None:
     script.hooks.process(p)
     script.hooks.process_before_every_sampling(p)
     script.hooks.postprocess(p, None)
-    assert script.session.calls == [("begin", (p,), {}), ("attach", (p,), {}), ("end", (p,), {})]
+    assert names(script.session) == ["begin", "attach", "finish", "end"]
     assert p.extra_generation_params == {"Steps": 2}
 
 
@@ -303,13 +306,14 @@ def test_hooks_forward_to_the_session(script: SimpleNamespace, args: list[Any]) 
     script.webui.callback("cfg_denoiser")(params)
     script.hooks.postprocess(p, "processed", *args)
 
-    assert names(script.session) == ["begin", "prepare", "attach", "on_step", "end"]
+    assert names(script.session) == ["begin", "prepare", "attach", "on_step", "finish", "end"]
     calls = {name: (given, named) for name, given, named in script.session.calls}
     (prepared_p, prepared), _ = calls["prepare"]
     assert prepared_p is p
     assert [(unit.model, unit.weight, len(unit.images)) for unit in prepared] == [("one.safetensors", 0.6, 1)]
     assert calls["attach"] == ((p,), {"x": 1, "noise": 2, "c": 3, "uc": 4})
     assert calls["on_step"] == ((params,), {})
+    assert calls["finish"] == ((p, "processed", False, False), {})
     assert p.extra_generation_params == {"Steps": 2, "IP-Adapter 1": "model: one.safetensors"}
 
 
