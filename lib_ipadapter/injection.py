@@ -16,7 +16,7 @@ import torch
 from .errors import IPAdapterError
 from .formulations import Formulation
 from .plan import Plan, make_plan
-from .progress import Progress, Window, known
+from .progress import NOISE, STEPS, Progress, Window, known
 from .rows import Call
 from .weighing import Prompts, Weighed
 
@@ -62,25 +62,27 @@ class Injection:
         self._on_first_call = on_first_call
         self.acted = [False] * len(self.terms)
         """Whether each term was active in a UNet call yet."""
-        self.asks_progress = not all(term.window.is_whole for term in self.terms)
-        """Whether what is done depends on a UNet call's progress, so that it has to be known."""
-        self._seen: tuple[Progress, Progress] | None = None
+        partial = {term.window.timing for term in self.terms if not term.window.is_whole}
+        self.asks_progress = NOISE in partial
+        """Whether what is done depends on a UNet call's place in the noise schedule, so that it has to be known."""
+        self._counts_calls = STEPS in partial
+        self._seen: dict[str, tuple[Progress, Progress]] = {}
+        """Progress of the first and of the furthest UNet call, by each timing."""
         self._prompts: list[Prompts] = []
         """Of each term, where the UNet computes."""
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
 
-    @property
-    def progress_seen(self) -> tuple[float, float] | None:
-        """Progress of the first and of the furthest UNet call; None before there was one."""
-        if self._seen is None:
+    def progress_seen(self, timing: str = NOISE) -> tuple[float, float] | None:
+        """Progress of the first and of the furthest UNet call by a timing; None before there was one."""
+        if timing not in self._seen:
             return None
-        first, last = map(known, self._seen)
+        first, last = map(known, self._seen[timing])
         return first, max(first, last)
 
     def continue_from(self, before: Injection) -> None:
         """Takes over what was seen so far of a pass that ``before`` began, on another UNet."""
-        self.acted, self._seen = before.acted, before.progress_seen
+        self.acted, self._seen = before.acted, dict(before._seen)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Brings K/V where the UNet computes. Called once, before sampling or in its first call."""
@@ -101,7 +103,7 @@ class Injection:
         Raises:
             IPAdapterError: if the number of text tokens doesn't fit what the rows' roles really have.
         """
-        active = self._active(call.progress)
+        active = self._active(call)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
         key = (active, call.roles, text_tokens, real, device, dtype)
@@ -118,14 +120,23 @@ class Injection:
             plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
         return plan
 
-    def _active(self, progress: Progress) -> tuple[bool, ...]:
+    def _active(self, call: Call) -> tuple[bool, ...]:
         """Which terms act in the UNet call that begins. Its progress isn't found out where that decides nothing."""
-        first, furthest = self._seen or (progress, progress)
-        if not self.asks_progress:
-            self._seen = (first, progress)  # the latest is the furthest, as samplers go
-            return (True,) * len(self.terms)
-        now = known(progress)
-        if self._seen is None and self._on_first_call is not None:
-            self._on_first_call(now)
-        self._seen = (known(first), max(known(furthest), now))
-        return tuple(term.window.contains(now) for term in self.terms)
+        now: dict[str, Progress] = {NOISE: known(call.progress) if self.asks_progress else call.progress}
+        if call.executed is not None:
+            now[STEPS] = call.executed
+        elif self._counts_calls:
+            raise IPAdapterError(
+                "The WebUI doesn't say how many steps are done, and the unit's start and stop are parts of them: set "
+                "its timing to noise."
+            )
+        if self.asks_progress and NOISE not in self._seen and self._on_first_call is not None:
+            self._on_first_call(known(now[NOISE]))
+        for timing, progress in now.items():
+            first, furthest = self._seen.get(timing, (progress, progress))
+            if timing == STEPS or self.asks_progress:
+                progress = max(known(furthest), known(progress))
+            self._seen[timing] = (first, progress)  # else the latest is the furthest, as samplers go
+        return tuple(
+            term.window.is_whole or term.window.contains(known(now[term.window.timing])) for term in self.terms
+        )

@@ -63,7 +63,7 @@ class PreparedUnit:
     @property
     def window(self) -> Window:
         """When it acts."""
-        return Window(self.unit.start, self.unit.stop)
+        return Window(self.unit.start, self.unit.stop, self.unit.timing)
 
     def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""

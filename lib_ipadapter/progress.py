@@ -1,7 +1,8 @@
-"""How far along the noise schedule a UNet call is, and in which calls a unit acts.
+"""How far along a pass a UNet call is, and in which calls a unit acts.
 
 Progress is p = 1 - t / 999, t the timestep on the model's 1000-step training schedule: 0 is pure noise, 1 a finished
-picture. Every UNet call has one, also the second call of a second-order sampler's step.
+picture. Every UNet call has one, also the second call of a second-order sampler's step. A unit may ask for another
+measure: the share of the pass's UNet calls that have been made.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 LAST_TIMESTEP = 999
 
@@ -31,6 +33,17 @@ def known(progress: Progress) -> float:
 def progress_of_timestep(timestep: float) -> float:
     """Progress 0…1 of a training timestep 999…0 (clamped)."""
     return min(1.0, max(0.0, 1.0 - timestep / LAST_TIMESTEP))
+
+
+def executed(params: Any) -> float | None:
+    """The share of a pass's denoiser calls made before this one, from what a host's denoiser callback tells.
+
+    It is what hosts go by when they bring in a refiner. Samplers that choose their own number of steps may go beyond.
+    """
+    step, total = (getattr(getattr(params, "denoiser", None), name, None) for name in ("step", "total_steps"))
+    if not isinstance(step, int) or not isinstance(total, int) or total < 1:
+        return None
+    return min(1.0, step / total)
 
 
 class SigmaSchedule:
@@ -64,9 +77,14 @@ def scaled_linear_schedule() -> SigmaSchedule:
     return SigmaSchedule(sigmas)
 
 
+NOISE, STEPS = "noise", "steps"
+"""What a window is a part of: the noise schedule, or the calls of the UNet that a pass takes, counted."""
+TIMINGS = (NOISE, STEPS)
+
+
 @dataclass(frozen=True)
 class Window:
-    """The part of the noise schedule in which a unit acts: start <= p < stop.
+    """The part of a pass in which a unit acts: start <= p < stop, p the progress by the window's timing.
 
     Start 0 has no lower end and stop 1 no upper end, so that the defaults mean every call: the last call of
     k-diffusion's samplers has p = 1 and the first may lie above the training schedule.
@@ -74,6 +92,7 @@ class Window:
 
     start: float = 0.0
     stop: float = 1.0
+    timing: str = NOISE
 
     @property
     def is_whole(self) -> bool:

@@ -23,6 +23,8 @@ class Call:
     """0…1 along the noise schedule."""
     text_tokens: Mapping[int, int] | None = None
     """Text tokens that a role really has, where the host repeats shorter prompts; None: nothing is repeated."""
+    executed: float | None = None
+    """The share of the pass's UNet calls made before, 0…1; None: the host doesn't say."""
 
 
 def roles_of_rows(

@@ -20,11 +20,12 @@ from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .preparer import PreparedUnit, Preparer
-from .progress import Window
+from .progress import NOISE, STEPS, Window
 from .results import save_beside, strip
 from .units import Unit
 
 INFOTEXT_KEY = "IP-Adapter"
+TIMING_WORDS = {NOISE: "the noise schedule", STEPS: "the steps"}
 _OUR_KEY = re.compile(rf"{INFOTEXT_KEY} \d+|{ERROR_KEY}")
 
 # Attribute of the host's processing object that holds its run.
@@ -197,8 +198,8 @@ class Session:
     def _attach(self, p: Any, run: _Run) -> None:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
         before = run.injection
-        seen = before.progress_seen if before is not None else None
-        if seen is not None and all(each.unit.stop < 1 and each.unit.stop <= seen[1] for each in run.units):
+        seen = before.progress_seen() if before is not None else None
+        if before is not None and seen is not None and all(_is_over(each.window, before) for each in run.units):
             run.injection = None  # every unit has done its part, whatever the new UNet is
             return
         try:
@@ -230,17 +231,24 @@ class Session:
         run.passes += 1
         for each, acted in zip(run.units, injection.acted, strict=True):
             if not acted:
-                sentence = _never_acted(each.unit, injection.progress_seen)
+                sentence = _never_acted(each.unit, injection.progress_seen(each.unit.timing))
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
                 p.extra_generation_params[ERROR_KEY] = sentence
 
 
+def _is_over(window: Window, injection: Injection) -> bool:
+    """Whether a window lies behind the furthest UNet call."""
+    seen = injection.progress_seen(window.timing)
+    return window.stop < 1 and seen is not None and window.stop <= seen[1]
+
+
 def _check_stops(run: _Run, first: float) -> None:
-    """Ends a job's first pass at its first UNet call when a unit's stop is already behind it."""
+    """Ends a job's first pass at its first UNet call when a unit's stop is already behind it in the noise schedule."""
     for each in run.units:
-        if run.passes == 0 and each.unit.stop < 1 and not Window(0.0, each.unit.stop).contains(first):
+        behind = each.unit.timing == NOISE and not Window(0.0, each.unit.stop).contains(first)
+        if run.passes == 0 and behind:
             raise IPAdapterError(_never_acted(each.unit, (first, 1.0)))
 
 
@@ -254,6 +262,6 @@ def _never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
     if Window(0.0, unit.stop).contains(first):
         cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
     return (
-        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of the noise schedule, so it would "
-        f"never act: {cure}."
+        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of {TIMING_WORDS[unit.timing]}, so "
+        f"it would never act: {cure}."
     )

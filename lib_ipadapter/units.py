@@ -30,6 +30,7 @@ UNIT_SLOTS = 10
 FORMULATIONS = ("auto", "joint", "decoupled")
 UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
 PREPARATIONS = ("crop", "squash", "pad")
+TIMINGS = ("noise", "steps")
 WEIGHT_RANGE = (-5.0, 5.0)
 WINDOW_RANGE = (0.0, 1.0)
 
@@ -131,7 +132,8 @@ class Unit:
 
     ``model`` is the adapter's file name as listed, ``images`` its pictures. ``weight`` is finite and in −5…5.
     ``start`` and ``stop`` bound the window of progress (0 = pure noise, 1 = done) in which the unit acts,
-    0 ≤ start < stop ≤ 1. ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
+    0 ≤ start < stop ≤ 1; ``timing`` says what they are parts of: the noise schedule, or the steps of a pass.
+    ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
     name as listed. ``preparation`` says how a picture that isn't square meets the image encoder.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
@@ -149,6 +151,7 @@ class Unit:
     uncond: str = "auto"
     negative: str = ""
     preparation: str = "crop"
+    timing: str = "noise"
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
@@ -166,6 +169,7 @@ class Unit:
         _require_choice("formulation", self.formulation, FORMULATIONS)
         _require_choice("uncond", self.uncond, UNCONDS)
         _require_choice("preparation", self.preparation, PREPARATIONS)
+        _require_choice("timing", self.timing, TIMINGS)
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
                 'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '

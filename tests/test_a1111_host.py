@@ -369,7 +369,7 @@ def test_outside_its_window_a_unit_leaves_no_trace(webui: SimpleNamespace, unet:
         found = call_unet(unet, x, context, timestep)
         same.append(all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)))
     assert same == [True, False, True]
-    assert injection.progress_seen == (0.0, 1.0)
+    assert injection.progress_seen() == (0.0, 1.0)
 
 
 def test_rows_without_image_tokens_keep_their_output_bit_for_bit(webui: SimpleNamespace, unet: UNet) -> None:

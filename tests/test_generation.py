@@ -131,6 +131,41 @@ def test_the_last_call_of_a_plain_schedule_is_not_lost(host: Host, monkeypatch: 
     assert watch.image_tokens() == [4] * 4
 
 
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.5), (0.25, 0.8), (0.6, 1.0), (0.0, 0.01)])
+def test_start_and_stop_may_be_parts_of_the_steps(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, start: float, stop: float
+) -> None:
+    """In every pass they count from its own beginning, whatever the noise schedule does."""
+    watch = Watch(host, monkeypatch)
+    run = host.img2img if kind == "img2img" else host.txt2img
+    wanted = unit("base", formulation="joint", start=start, stop=stop, timing="steps")
+    run(**request(wanted, steps=8, sampler_name="Euler", **PASSES[kind]))
+    by_pass: dict[str, int] = {}
+    places = []
+    for call in host.unet_calls:
+        places.append((call.pass_name, by_pass.setdefault(call.pass_name, 0)))
+        by_pass[call.pass_name] += 1
+    assert len(by_pass) == (2 if kind == "hires" else 1) and min(by_pass.values()) >= 4
+    shares = [n / by_pass[name] for name, n in places]
+    assert watch.image_tokens() == [4 * (p >= start and (stop == 1 or p < stop)) for p in shares]
+
+
+def test_the_second_call_of_a_step_counts_too(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(host, monkeypatch)
+    half = unit("base", formulation="joint", stop=0.5, timing="steps")
+    host.txt2img(**request(half, steps=4, sampler_name="Heun"))
+    assert watch.image_tokens() == [4] * 4 + [0] * 3  # the last step has one call alone
+
+
+def test_a_unit_between_two_steps_never_acts(host: Host) -> None:
+    between = unit(start=0.3, stop=0.4, timing="steps")
+    with pytest.raises(
+        ValueError, match=r"this pass's steps lie between 0.00 and 0.50 of the steps, so it would never"
+    ):
+        host.txt2img(**request(between, steps=2))
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.0, 0.5), (0.3, 0.8), (0.6, 1.0)])
 def test_decoupled_units_act_in_their_window_too(
     host: Host, monkeypatch: pytest.MonkeyPatch, start: float, stop: float

@@ -180,7 +180,7 @@ def test_nothing_active_is_idle() -> None:
     assert plan_for(injection, Call((1, 0), 0.6), 7).idle
     assert plan_for(Injection([term(DECOUPLED, unconds=())], LAYERS), Call((1,), 0.4), 7).idle
     assert injection.acted == [True]
-    assert injection.progress_seen == (0.4, 0.6)
+    assert injection.progress_seen() == (0.4, 0.6)
 
 
 def test_the_same_kind_of_call_is_planned_once() -> None:

@@ -20,6 +20,7 @@ from lib_ipadapter.units import (
     MIDDLE,
     PREPARATIONS,
     SCHEMA_VERSION,
+    TIMINGS,
     UNCONDS,
     UNIT_SLOTS,
     ImageRef,
@@ -65,6 +66,7 @@ def units(draw: st.DrawFn) -> Unit:
         uncond=uncond,
         negative=draw(any_text.filter(bool)) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
+        timing=draw(st.sampled_from(TIMINGS)),
     )
 
 
@@ -114,6 +116,7 @@ def test_the_defaults_are_the_schema_s() -> None:
         "uncond": "auto",
         "negative": "",
         "preparation": "crop",
+        "timing": "noise",
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 

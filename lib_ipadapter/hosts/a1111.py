@@ -20,7 +20,7 @@ from ..errors import IPAdapterError
 from ..injection import Injection
 from ..layout import KEYS, VALUES
 from ..plan import Plan
-from ..progress import Progress, known, progress_of_timestep
+from ..progress import Progress, executed, known, progress_of_timestep
 from ..rows import COND, Call
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
@@ -96,7 +96,7 @@ class A1111Host(ModelFolders):
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. UNet calls consume the step's rows in order: all cond rows, then all uncond rows."""
         if self._hooks is not None:
-            self._hooks.begin_step(step_texts(params))
+            self._hooks.begin_step(step_texts(params), executed(params))
 
     # The job
 
@@ -133,6 +133,7 @@ class _Hooks:
         self._texts: Mapping[int, Tensor] = {}
         self._roles: tuple[int, ...] = ()
         self._cursor = 0
+        self._executed: float | None = None
         self._call: Call | None = None
         self._plan: Plan | None = None
         self._q: dict[int, Tensor] = {}
@@ -144,9 +145,9 @@ class _Hooks:
         for number, key in enumerate(info.keys):
             self._hook_layer(number, layers[key])
 
-    def begin_step(self, texts: Mapping[int, Tensor]) -> None:
-        """Before a step's UNet calls: the texts of all its rows by role, cond first."""
-        self._texts, self._cursor = texts, 0
+    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None) -> None:
+        """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`."""
+        self._texts, self._cursor, self._executed = texts, 0, executed
         self._roles = tuple(role for role, text in texts.items() for _ in range(text.shape[0]))
 
     def remove(self) -> None:
@@ -173,7 +174,8 @@ class _Hooks:
             self._cursor += rows
         progress: Progress = lambda: progress_of_timestep(float(timesteps[0]))  # noqa: E731
         # Found out here if at all: the device has less to do before the UNet's first layers are launched than after.
-        self._call = Call(roles, known(progress) if self._injection.asks_progress else progress)
+        progress = known(progress) if self._injection.asks_progress else progress
+        self._call = Call(roles, progress, executed=self._executed)
         self._plan = None
 
     def _current(self, text: Tensor) -> Plan:

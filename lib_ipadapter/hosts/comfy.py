@@ -17,7 +17,7 @@ from ..errors import ERROR_KEY, IPAdapterError
 from ..injection import Injection
 from ..layers import LayerKey, first_in_forward_order
 from ..plan import Attention
-from ..progress import SigmaSchedule, scaled_linear_schedule
+from ..progress import SigmaSchedule, executed, scaled_linear_schedule
 from ..resident import bytes_there
 from ..rows import COND, UNCOND, Call, roles_of_rows
 from ..texts import roles_by_text, step_texts
@@ -144,7 +144,7 @@ class ComfyHost(ModelFolders):
         """See :class:`.base.Host`. These hosts repeat the shorter of two prompts; here is how long each really is."""
         texts, sigmas = step_texts(params), params.sigma
         progress = self._progress(sigmas) if self._asks_progress else None
-        self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress)
+        self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress, executed(params))
 
     def _reader(self, diffusion_model: nn.Module, keys: Sequence[LayerKey]) -> ReadCall:
         # It holds no patcher, whose options hold it: in a ring, a job's K/V would wait for the garbage collector.
@@ -162,7 +162,8 @@ class ComfyHost(ModelFolders):
                 roles = roles_by_text(k, texts)
             # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
             known = step.progress if sigmas is step.sigmas else None
-            return Call(roles, (lambda: self._progress(sigmas)) if known is None else known, step.text_tokens)
+            progress = (lambda: self._progress(sigmas)) if known is None else known
+            return Call(roles, progress, step.text_tokens, step.executed)
 
         return read
 
@@ -312,6 +313,8 @@ class _Step:
     """Noise levels of the step's UNet calls, the very tensor."""
     progress: float | None = None
     """What follows from them; None: it isn't asked for."""
+    executed: float | None = None
+    """See :class:`..rows.Call`."""
     beyond: bool = False
     """Whether the running call has more chunks of a role than that: another extension makes it, and may mislabel it."""
 
