@@ -57,6 +57,11 @@ class Session:
 
     # What the page lists
 
+    @property
+    def library(self) -> Library:
+        """The model files."""
+        return self._library
+
     def adapters(self) -> list[str]:
         """Names of the adapters on disk."""
         return sorted(self._library.adapters(), key=str.lower)
@@ -192,7 +197,7 @@ class Session:
         run.passes += 1
         for each, acted in zip(run.units, injection.acted, strict=True):
             if not acted:
-                sentence = _never_acted(each.unit, injection.progress_seen)
+                sentence = never_acted(each.unit, injection.progress_seen)
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
@@ -203,10 +208,10 @@ def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it."""
     for each in run.units:
         if run.passes == 0 and each.unit.stop < 1 and not Window(0.0, each.unit.stop).contains(first):
-            raise IPAdapterError(_never_acted(each.unit, (first, 1.0)))
+            raise IPAdapterError(never_acted(each.unit, (first, 1.0)))
 
 
-def _never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
+def never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
     """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
     subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
     if progress is None:

@@ -31,6 +31,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.acceptance.axes import axes_problem
 from tests.acceptance.cases import (
     IMG2IMG,
     PHOTOGRAPH,
@@ -130,7 +131,8 @@ class Run:
         cases = [case for case in cases if self.table.wants(case.name)]
         plain = plain_request(first)
         built_in = not group and not self.webui.is_a1111 and self.table.wants(BUILT_IN_CASE)
-        if not cases and not built_in:
+        axes = not group and self.table.wants(AXES_CASE)
+        if not cases and not built_in and not axes:
             return
         if built_in:
             flags = [*flags, *models.controlnet_flags]
@@ -144,6 +146,8 @@ class Run:
                 self.table.run(case.name, lambda case=case: run_case(server, case, plain, reference, self.keep))  # type: ignore[misc]
             if built_in:
                 self.table.run(BUILT_IN_CASE, lambda: _beside_built_in(server, plain, reference, of_built_in))
+            if axes:
+                self.table.run(AXES_CASE, lambda: axes_problem(server, plain))
             if not group:
                 self.table.run(CLIENT_CASE, lambda: _client(server, first, reference))
 
@@ -196,6 +200,7 @@ class Run:
 
 BUILT_IN_CASE = "the built-in IP-Adapter unit"
 CLIENT_CASE = "the client webuiapi"
+AXES_CASE = "our axes of X/Y/Z grids"
 
 
 def _drawn(server: Server, wanted: dict[str, Any]) -> Pictures:

@@ -146,7 +146,8 @@ def in_a_webui(models: Path) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {
         "scripts": {"Script": Script, "AlwaysVisible": object()},
         "script_callbacks": {
-            f"on_{e}": registrar(e) for e in ("app_started", "cfg_denoiser", "script_unloaded", "ui_settings")
+            f"on_{e}": registrar(e)
+            for e in ("app_started", "before_ui", "cfg_denoiser", "script_unloaded", "ui_settings")
         },
         "ui_components": {"InputAccordion": InputAccordion, "ToolButton": gr.Button},
         "sd_hijack": {},
