@@ -62,6 +62,7 @@ class Answers:
         references: the pictures that are kept.
         downloader: gets models.
         fetch: the picture at an address, where the WebUI's settings allow it; else raises :class:`IPAdapterError`.
+        may_see: whether kept pictures may be shown to who calls the API.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Answers:
         references: References,
         downloader: Downloader,
         fetch: Callable[[str], Image],
+        may_see: Callable[[], bool],
     ) -> None:
         self._library = session.library
         self._loaded = loaded
         self._references = references
         self._downloader = downloader
         self._fetch = fetch
+        self._may_see = may_see
 
     def version(self, _: Asked) -> dict[str, Any]:
         """The version of this extension, and of the schema of units that it reads and writes."""
@@ -139,6 +142,12 @@ class Answers:
         unit = Unit.from_json({key: value for key, value in asked.items() if key != "model"})
         if not unit.images:
             raise IPAdapterError('The field "images" is empty; allowed is a picture or a list of pictures.')
+        if any(image.sha256 for image in unit.images) and not self._may_see():
+            error = IPAdapterError(
+                "A kept picture isn't shown because extension access is disabled on this WebUI: give it as base64."
+            )
+            error.status_code = 403
+            raise error
         size = PREVIEW_SIZE
         if asked.get("model", ""):
             path = self._library.adapter_path(Unit.from_json({"model": asked["model"]}).model)

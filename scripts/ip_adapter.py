@@ -188,7 +188,9 @@ def _on_app_started(_: Any, app: Any) -> None:
     """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same logins."""
     loaded = _part("hosts.loaded").loaded_unet
     fetch = _part("hosts.addresses").fetch
-    _part("hosts.routes").add_routes(app, api.Answers(session, lambda: loaded(_host), references, downloader, fetch))
+    may_see = cmd_opts.extension_access
+    answers = api.Answers(session, lambda: loaded(_host), references, downloader, fetch, may_see)
+    _part("hosts.routes").add_routes(app, answers)
 
 
 def _on_unloaded() -> None:
