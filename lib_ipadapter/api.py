@@ -19,8 +19,7 @@ from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
 from .progress import Window
 from .recognise import AdapterKind, recognise_adapter
-from .session import Session, never_acted
-from .steps import STEPS_RANGE, acts_in, of_img2img, of_scheduler, of_sigmas
+from .steps import STEPS_RANGE, acts_in, never_acted, of_img2img, of_scheduler, of_sigmas
 from .tensorfile import open_tensors
 from .units import SCHEMA_VERSION, ImageRef, Unit
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .downloads import Downloader
+    from .session import Session
 
 Asked = Mapping[str, Any]
 """A request: its body's fields and what its path names."""

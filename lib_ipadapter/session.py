@@ -20,6 +20,7 @@ from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .preparer import PreparedUnit, Preparer
 from .progress import Window
+from .steps import never_acted
 from .units import Unit
 
 INFOTEXT_KEY = "IP-Adapter"
@@ -78,10 +79,6 @@ class Session:
     def negatives(self) -> list[str]:
         """Names of the negative files on disk."""
         return sorted(self._library.negatives(), key=str.lower)
-
-    def listing(self) -> dict[str, Any]:
-        """All of them as they are on disk now, see :meth:`.library.Library.listing`."""
-        return self._library.listing()
 
     # A job's way through the host's callbacks
 
@@ -209,18 +206,3 @@ def _check_stops(run: _Run, first: float) -> None:
     for each in run.units:
         if run.passes == 0 and each.unit.stop < 1 and not Window(0.0, each.unit.stop).contains(first):
             raise IPAdapterError(never_acted(each.unit, (first, 1.0)))
-
-
-def never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
-    """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
-    subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
-    if progress is None:
-        return f"{subject}, and the sampler called the UNet not once, so it would never act: choose more steps."
-    first, last = progress
-    cure = f"choose a stop above {first:.2f}"
-    if Window(0.0, unit.stop).contains(first):
-        cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
-    return (
-        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of the noise schedule, so it would "
-        f"never act: {cure}."
-    )

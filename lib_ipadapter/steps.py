@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .errors import IPAdapterError
 from .progress import LAST_TIMESTEP, SigmaSchedule, Window, progress_of_timestep, scaled_linear_schedule
+from .units import Unit
 
 STEPS_RANGE = (1, 1000)
 
@@ -78,3 +79,18 @@ def of_img2img(progress: Sequence[float], strength: float) -> list[float]:
 def acts_in(window: Window, progress: Sequence[float]) -> list[int]:
     """Numbers, from 1, of the steps that lie in a window."""
     return [number for number, now in enumerate(progress, 1) if window.contains(now)]
+
+
+def never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
+    """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
+    subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
+    if progress is None:
+        return f"{subject}, and the sampler called the UNet not once, so it would never act: choose more steps."
+    first, last = progress
+    cure = f"choose a stop above {first:.2f}"
+    if Window(0.0, unit.stop).contains(first):
+        cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
+    return (
+        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of the noise schedule, so it would "
+        f"never act: {cure}."
+    )
