@@ -419,7 +419,7 @@ def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(
 
 def test_an_unknown_host_is_declined_with_a_sentence(webui: WebUI, capsys: pytest.CaptureFixture[str]) -> None:
     (webui.extension / "lib_ipadapter" / "hosts" / "__init__.py").write_text(
-        "from .errors import IPAdapterError\n\ndef detect():\n    raise IPAdapterError('This host is unknown.')\n",
+        "from ..errors import IPAdapterError\n\ndef detect():\n    raise IPAdapterError('This host is unknown.')\n",
         encoding="utf-8",
     )
     module = webui.load()
