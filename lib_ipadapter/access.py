@@ -7,7 +7,7 @@ is in :data:`ROUTES` and :func:`refusal`. Nothing here knows a web framework.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -72,17 +72,18 @@ class Caller:
 
 
 def refusal(
-    route: Route, caller: Caller, extension_access: bool, origins: tuple[str, ...] = ()
+    route: Route, caller: Caller, extension_access: bool, allows_origin: Callable[[str], bool] = lambda _: False
 ) -> tuple[int, str] | None:
     """Status and sentence if ``caller`` may not call ``route``, else None.
 
     Args:
         extension_access: whether people at this WebUI may add files to it.
-        origins: other pages that the host's owner lets call the API.
+        allows_origin: whether the host's owner lets the pages of another site call the API.
     """
     what = f"{route.method} {route.path}"
     origin = caller.headers.get("origin", "")
-    if origin and origin not in origins and urlsplit(origin).netloc.lower() != caller.headers.get("host", "").lower():
+    here = caller.headers.get("host", "").lower()
+    if origin and origin.lower().partition("://")[2] != here and not allows_origin(origin):
         return 403, (
             f"{what} is called by a page of {_clip(origin)}, and only pages of this WebUI may: call it from a program, "
             "or allow that origin with --cors-allow-origins."

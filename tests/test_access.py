@@ -12,7 +12,7 @@ MODELS, CHECK, START, DELETE = (BY_ANSWER[name] for name in ("models", "check", 
 
 
 def status(route: Route, caller: Caller, extension_access: bool = True, origins: tuple[str, ...] = ()) -> int:
-    refused = refusal(route, caller, extension_access, origins)
+    refused = refusal(route, caller, extension_access, origins.__contains__)
     if refused is None:
         return 200
     assert refused[1].startswith(f"{route.method} {route.path} is ") and refused[1].endswith(".")

@@ -362,6 +362,19 @@ def test_who_is_answered_over_the_wire(open_host: Host, kept: Kept) -> None:
     assert anyio.run(_from, app, "10.0.0.9", {}, "/ip-adapter/version") == 200
 
 
+def test_the_owners_word_on_other_sites(open_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(origin: str) -> int:
+        return Client(open_host.app).get("/ip-adapter/encoders", headers={"Origin": origin}).status_code
+
+    assert asked("https://a.example") == 403
+    monkeypatch.setattr(open_host.cmd_opts, "cors_allow_origins", "https://b.example, https://a.example", raising=False)
+    assert [asked("https://a.example"), asked("https://c.example")] == [200, 403]
+    monkeypatch.setattr(open_host.cmd_opts, "cors_allow_origins_regex", r"https://.\.example", raising=False)
+    assert [asked("https://c.example"), asked("https://c.example.org")] == [200, 403]
+    monkeypatch.setattr(open_host.cmd_opts, "cors_allow_origins", "*")
+    assert asked("https://d.example.org") == 200
+
+
 def test_forms_and_broken_bodies(client: Client) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     refused(client.post("/ip-adapter/check", content="unit=1", headers=form), 415, "application/json")

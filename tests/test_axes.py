@@ -187,3 +187,13 @@ def test_copies_of_a_job_dont_share_what_an_axis_sets() -> None:
     assert axes.of(job) == {(1, "weight"): 0.5} and axes.of(copied) == {(1, "weight"): 0.7}
     assert weight.format_value(job, weight, 0.30000000000000004) == "[IP-Adapter] weight: 0.3"
     assert weight.format_value(job, weight, "ab" * 32) == "[IP-Adapter] weight: ababababab"
+
+
+def test_a_job_without_us_inside_a_cell_stays_without_us() -> None:
+    def read(value: str, unit: Unit) -> ImageRef:
+        raise AssertionError
+
+    for args in ([], [False, "", ""]):
+        assert axes.overridden(args, {(1, "weight"): 0.5}, read) is args
+        with pytest.raises(IPAdapterError, match="switched off"):
+            axes.overridden(args, {(1, "weight"): 0.5}, read, before=True)

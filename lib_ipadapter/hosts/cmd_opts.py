@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -11,10 +12,12 @@ def extension_access() -> bool:
     return not getattr(_options(), "disable_extension_access", True)
 
 
-def allowed_origins() -> tuple[str, ...]:
-    """Other pages whose scripts the owner lets call the API."""
-    given = getattr(_options(), "cors_allow_origins", None) or ""
-    return tuple(origin.strip() for origin in given.split(",") if origin.strip())
+def allows_origin(origin: str) -> bool:
+    """Whether the owner lets the scripts of another site's page call the API."""
+    options = _options()
+    listed = [each.strip() for each in (getattr(options, "cors_allow_origins", None) or "").split(",")]
+    pattern = getattr(options, "cors_allow_origins_regex", None)
+    return origin in listed or "*" in listed or bool(pattern and re.fullmatch(pattern, origin))
 
 
 def _options() -> Any:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..access import ROUTES, Caller, Route, refusal
 from ..errors import IPAdapterError
-from .cmd_opts import allowed_origins, extension_access
+from .cmd_opts import allows_origin, extension_access
 
 HOST_ROUTE = "/sdapi/v1/sd-models"
 """One of the host's API, beside which ours stand."""
@@ -55,7 +55,7 @@ def _endpoint(route: Route, answer: Answer, logged_in: bool) -> Callable[[Reques
     async def endpoint(request: Request) -> Response:
         body = await request.body()
         caller = Caller(request.client.host if request.client else "", dict(request.headers), logged_in, bool(body))
-        refused = refusal(route, caller, extension_access(), allowed_origins())
+        refused = refusal(route, caller, extension_access(), allows_origin)
         if refused is not None:
             return JSONResponse({"detail": refused[1]}, refused[0])
         try:
