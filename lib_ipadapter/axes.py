@@ -129,7 +129,7 @@ def make(
             for value in values:
                 if kind.field == "model":
                     find_model(value)
-                overridden(_arguments(p, title), {(number, kind.field): value}, picture_reader(p), alone=True)
+                overridden(_arguments(p, title), {(number, kind.field): value}, picture_reader(p), before=True)
 
         listed = models if kind.field == "model" else (lambda: list(kind.choices)) if kind.choices else None
         made = _Number(label) if kind.number else str
@@ -144,20 +144,22 @@ def of(p: Any) -> Overrides:
     return overrides
 
 
-def overridden(args: Sequence[Any], overrides: Overrides, read: ReadPicture, alone: bool = False) -> Sequence[Any]:
+def overridden(args: Sequence[Any], overrides: Overrides, read: ReadPicture, before: bool = False) -> Sequence[Any]:
     """The script's arguments with what the axes set.
 
     Args:
-        alone: whether other axes are still unknown, so that a start isn't held against the unit's stop.
+        before: whether the grid hasn't begun: what other axes set is still unknown, so that a start isn't held against
+            the unit's stop; and IP-Adapter must be on, while a cell's script may well start jobs without it.
 
     Raises:
         IPAdapterError: if a unit isn't there or is off, so that every cell would be the same, or a value isn't allowed.
     """
-    if not overrides:
-        return args
     changed = list(args)
     first = 1 if changed and isinstance(changed[0], bool) else 0
-    if not changed or changed[0] is False:
+    is_on = bool(changed) and changed[0] is not False
+    if not overrides or not (is_on or before):
+        return args
+    if not is_on:
         raise IPAdapterError(
             "An axis of the X/Y/Z grid varies an IP-Adapter unit, and IP-Adapter is switched off: switch it on and "
             "fill the unit, or choose another axis."
@@ -176,9 +178,9 @@ def overridden(args: Sequence[Any], overrides: Overrides, read: ReadPicture, alo
             changes["images"] = (read(changes["images"], unit),)
         if "uncond" in changes:
             changes["negative"] = ""
-        if alone and "start" in changes:
+        if before and "start" in changes:
             changes["stop"] = 1.0
-        elif alone and "stop" in changes:
+        elif before and "stop" in changes:
             changes["start"] = 0.0
         changed[place] = replace(unit, **changes)
     return changed
