@@ -31,7 +31,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.acceptance.axes import axes_problem
+from tests.acceptance.axes import axes_problem, listing_problem
 from tests.acceptance.cases import (
     IMG2IMG,
     PHOTOGRAPH,
@@ -162,8 +162,10 @@ class Run:
                 before, steered = _drawn(server, plain), _drawn(server, _steered(plain))
                 for _ in range(2):
                     server.reload()
-                    problem = _differs(steered, _drawn(server, _steered(plain))) or _differs(
-                        before, _drawn(server, plain)
+                    problem = (
+                        _differs(steered, _drawn(server, _steered(plain)))
+                        or _differs(before, _drawn(server, plain))
+                        or listing_problem(server)
                     )
                     if problem:
                         return problem

@@ -52,8 +52,18 @@ def axes_problem(server: Server, plain: Mapping[str, Any]) -> str:
         status, answer = server.call("/sdapi/v1/txt2img", _grid(server, plain, axis, values, unit()))
         if status != 422 or sentence not in str(answer.get("detail")):
             return f"{axis} with {values} answered {status}: {str(answer.get('detail'))[:300]}"
-    labels = _labels(server)
-    return "" if len(labels) == len(set(labels)) else "an axis is listed twice"
+    return listing_problem(server)
+
+
+def listing_problem(server: Server) -> str:
+    """Whether our axes aren't listed, each once."""
+    infos = server.call("/sdapi/v1/script-info")[1]
+    choices = [each["choices"] for info in infos for each in info["args"] if each["label"] == "X type"]
+    for labels in choices:
+        ours = [label for label in labels if label.startswith("[IP-Adapter")]
+        if len(ours) != 16 or len(set(ours)) != 16:
+            return f"the axes are listed as {ours}"
+    return "" if choices else "there is no X/Y/Z plot"
 
 
 def _steered(plain: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +73,3 @@ def _steered(plain: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 def _grid(server: Server, plain: Mapping[str, Any], axis: str, values: str, asked: dict[str, Any]) -> dict[str, Any]:
     args = xyz_args(values, axis, use_text=True, draw_legend=False, include_lone=True, include_sub_images=True)
     return {**_steered(plain, asked), "script_name": SCRIPT, "script_args": args(server)}
-
-
-def _labels(server: Server) -> list[str]:
-    infos = server.call("/sdapi/v1/script-info")[1]
-    choices = [each["choices"] for info in infos for each in info["args"] if each["label"] == "X type"]
-    return [label for label in choices[0] if label.startswith("[IP-Adapter")]
