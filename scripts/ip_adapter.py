@@ -26,6 +26,9 @@ MODELS_ROUTE = "/ip-adapter/models"
 HOST_ROUTE = "/sdapi/v1/sd-models"
 """One of the host's API, beside which ours stands."""
 KEPT_GB = "ip_adapter_kept_gb"
+STORE = "ip_adapter_reference_store"
+STORE_MB = "ip_adapter_reference_store_mb"
+HIDE_HASHES = "ip_adapter_hide_hashes"
 SHOW_STRIP = "ip_adapter_show_strip"
 SAVE_REFERENCES = "ip_adapter_save_references"
 """Keys of our settings."""
@@ -62,9 +65,12 @@ _eject_previous()
 _load_package()
 
 errors = _part("errors")
+infotext = _part("infotext")
 kept = _part("kept")
+references = _part("references")
 units = _part("units")
 accordion = _part("ui.accordion")
+handlers = _part("ui.handlers")
 
 
 def _kept_bytes() -> int:
@@ -72,6 +78,27 @@ def _kept_bytes() -> int:
 
     limit: int = kept.limit_bytes(getattr(shared.opts, KEPT_GB, kept.DEFAULT_GB))
     return limit
+
+
+def _writes_hashes() -> bool:
+    from modules import shared
+
+    return not getattr(shared.opts, HIDE_HASHES, False)
+
+
+def _store_folder() -> Path:
+    from modules.paths import data_path
+
+    return Path(data_path, "ip-adapter", "references").absolute()
+
+
+def _store_rules() -> Any:
+    """A WebUI that doesn't say how it was started counts as one that strangers may reach."""
+    from modules import shared
+
+    local = not getattr(shared.cmd_opts, "webui_is_non_local", True)
+    choice = getattr(shared.opts, STORE, references.LOCAL)
+    return references.rules_of(_store_folder(), choice, getattr(shared.opts, STORE_MB, references.DISK_MB), local)
 
 
 def _may_download() -> bool:
@@ -83,8 +110,9 @@ def _may_download() -> bool:
 
 try:
     _host: Any = _part("hosts").detect()
-    session: Any = _part("session").Session(_host, _kept_bytes)
+    session: Any = _part("session").Session(_host, _kept_bytes, _writes_hashes)
     downloader: Any = _part("downloads").Downloader(_host.adapter_folders, _host.encoder_folders, _may_download)
+    references.default.rules = _store_rules
 except errors.IPAdapterError as refusal:
     print(refusal, file=sys.stderr)
     session = None  # the script stays out of sight, so none of its hooks is called
@@ -102,6 +130,35 @@ def _failing_loudly(p: Any) -> Iterator[None]:
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         session.fail(p, f"IP-Adapter stopped on an unexpected error ({reason}); the console has the details.")
+
+
+class _LastPaste:
+    """What a pasted infotext says of us: read once for all the fields that ask for it."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, Any] = (None, None)
+
+    def __call__(self, params: Any) -> Any:
+        of, parsed = self._of
+        if of is not params:  # the host hands the same object to every field, and another one for every paste
+            parsed = session.read_infotext(params)
+            self._of = (params, parsed)
+        return parsed
+
+
+def _paste_fields(components: list[Any]) -> tuple[list[tuple[Any, Any]], list[str]]:
+    """What an infotext fills, and the labels of it: the checkbox, every slot, and the note on what isn't as it was.
+
+    All have a value for every infotext, because a field without one would stay as it was.
+    """
+    last = _LastPaste()
+    enabled, *slots = components
+    fields: list[tuple[Any, Any]] = [(enabled, lambda params: last(params).enabled)]
+    fields += [(slot, lambda params, n=n: last(params).slots()[n]) for n, slot in enumerate(slots[: units.UNIT_SLOTS])]
+    note = getattr(enabled, accordion.PASTE_NOTE, None)
+    if note is not None:
+        fields.append((note, lambda params: handlers.notes(last(params).notes)))
+    return fields, [f"{infotext.KEY} {number}" for number in range(1, units.UNIT_SLOTS + 1)]
 
 
 class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no type information
@@ -125,6 +182,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
             with suppress(OSError):  # the page without previews is better than no page
                 os.makedirs(folder, exist_ok=True)
         components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton, downloader)
+        self.infotext_fields, self.paste_field_names = _paste_fields(components)
         return components
 
     def before_process(self, p: Any, *args: object) -> None:
@@ -179,6 +237,19 @@ def _on_ui_settings() -> None:
             gradio.Slider,
             {"minimum": 0, "maximum": 64, "step": 0.5},
         ),
+        STORE: (
+            references.LOCAL,
+            "Keep used reference pictures on disk, so that infotexts bring them back",
+            gradio.Radio,
+            {"choices": list(references.CHOICES)},
+        ),
+        STORE_MB: (
+            references.DISK_MB,
+            "Room for reference pictures on disk (MB; those not used for longest go first)",
+            gradio.Slider,
+            {"minimum": 16, "maximum": 65536, "step": 16},
+        ),
+        HIDE_HASHES: (False, "Leave hashes of references out of infotexts", gradio.Checkbox, {}),
         SHOW_STRIP: (False, "Show the references beside the first result in the gallery", gradio.Checkbox, {}),
         SAVE_REFERENCES: (False, "Save the references beside the file of the first result", gradio.Checkbox, {}),
     }
@@ -223,11 +294,21 @@ ROUTES = (
 )
 
 
-def _on_app_started(_: Any, app: Any) -> None:
+def _block_store(demo: Any, app: Any) -> None:
+    """Keeps the page from serving what lies in the store: hosts let it serve all of their data folder."""
+    folder = _store_folder()
+    for blocks in {id(each): each for each in (demo, getattr(app, "blocks", None)) if each is not None}.values():
+        blocked = list(getattr(blocks, "blocked_paths", None) or [])
+        blocked += [each for each in dict.fromkeys((str(folder), str(folder.resolve()))) if each not in blocked]
+        blocks.blocked_paths = blocked
+
+
+def _on_app_started(demo: Any, app: Any) -> None:
     """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same login.
 
     ``response_model=None``: neither generation of pydantic shall have a say in a plain dict.
     """
+    _block_store(demo, app)
     for route in app.routes:
         if getattr(route, "path", "") == HOST_ROUTE:
             for method, path, answer in ROUTES:

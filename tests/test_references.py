@@ -1,4 +1,4 @@
-"""The store of uploaded pictures: lossless, bounded, and safe to use from several threads."""
+"""The store of references: lossless, bounded, private, and safe to use from several threads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_ipadapter import uploads
+from lib_ipadapter import references
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.pictures import picture_hash
-from lib_ipadapter.uploads import UploadStore
+from lib_ipadapter.references import References
 
 
 def noise(seed: int, width: int = 20, height: int = 10) -> Image.Image:
@@ -19,7 +19,7 @@ def noise(seed: int, width: int = 20, height: int = 10) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def kept(store: UploadStore, hashes: list[str]) -> list[bool]:
+def kept(store: References, hashes: list[str]) -> list[bool]:
     """Which of ``hashes`` the store has; asking makes no difference to their order of age among themselves."""
     found = []
     for sha256 in hashes:
@@ -32,7 +32,7 @@ def kept(store: UploadStore, hashes: list[str]) -> list[bool]:
 
 
 def test_what_comes_back_is_what_was_added() -> None:
-    store = UploadStore()
+    store = References()
     picture = noise(0)
     picture.info["transparency"] = picture.getpixel((0, 0))  # would be written into the file and read as a hole
     sha256 = store.add(picture)
@@ -47,13 +47,13 @@ def test_what_comes_back_is_what_was_added() -> None:
 
 
 def test_a_picture_of_another_mode_is_kept_as_it_is_read() -> None:
-    store = UploadStore()
+    store = References()
     clear = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
     assert store.get(store.add(clear)).getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_the_least_recently_used_go_first() -> None:
-    store = UploadStore(limit_bytes=2500)  # room for three
+    store = References(memory_bytes=2500)  # room for three
     hashes = [store.add(noise(seed)) for seed in range(3)]
     assert kept(store, hashes) == [True] * 3
     store.get(hashes[0])
@@ -66,20 +66,20 @@ def test_the_least_recently_used_go_first() -> None:
 
 
 def test_the_bound_is_on_the_packed_bytes() -> None:
-    store = UploadStore(limit_bytes=30_000)
+    store = References(memory_bytes=30_000)
     flat = [store.add(Image.new("RGB", (100, 100), (shade, 0, 0))) for shade in range(15)]
     assert kept(store, flat) == [True] * 15  # unpacked, one of them would fill the store
 
 
 def test_the_same_picture_takes_its_place_once() -> None:
-    store = UploadStore(limit_bytes=2500)
+    store = References(memory_bytes=2500)
     first = store.add(noise(0))
     assert {store.add(noise(1)) for _ in range(20)} == {picture_hash(noise(1))}
     assert kept(store, [first]) == [True]
 
 
 def test_the_newest_stays_however_large() -> None:
-    store = UploadStore(limit_bytes=1)
+    store = References(memory_bytes=1)
     hashes = [store.add(noise(seed)) for seed in range(3)]
     assert kept(store, hashes) == [False, False, True]
 
@@ -87,17 +87,17 @@ def test_the_newest_stays_however_large() -> None:
 @pytest.mark.parametrize("sha256", ["0" * 64, "", "no hash"])
 def test_a_missing_picture_is_named_with_what_to_do(sha256: str) -> None:
     with pytest.raises(IPAdapterError, match=f'"{sha256}".*upload it again') as caught:
-        UploadStore().get(sha256)
+        References().get(sha256)
     assert caught.value.status_code == 422
 
 
 def test_the_modules_functions_share_one_store() -> None:
-    sha256 = uploads.add(noise(99))
-    assert uploads.get(sha256).tobytes() == noise(99).tobytes()
+    sha256 = references.add(noise(99))
+    assert references.get(sha256).tobytes() == noise(99).tobytes()
 
 
 def test_threads_do_not_disturb_each_other() -> None:
-    store = UploadStore(limit_bytes=5000)
+    store = References(memory_bytes=5000)
     wrong: list[object] = []
 
     def work(first: int) -> None:
@@ -120,4 +120,4 @@ def test_threads_do_not_disturb_each_other() -> None:
         thread.join()
     assert wrong == []
     with store._lock:
-        assert store._bytes == sum(map(len, store._files.values())) <= 5000
+        assert store._bytes == sum(len(kept.file) for kept in store._files.values()) <= 5000
