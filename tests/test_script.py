@@ -29,7 +29,7 @@ MADE = []
 
 
 class Session:
-    def __init__(self, host, kept_bytes):
+    def __init__(self, host, kept_bytes, hashes):
         self.host, self.kept_bytes, self.calls, self.raising = host, kept_bytes, [], {}
         MADE.append(self)
 
@@ -125,6 +125,7 @@ class WebUI:
             "modules.scripts": ModuleType("modules.scripts"),
             "modules.script_callbacks": ModuleType("modules.script_callbacks"),
             "modules.shared": ModuleType("modules.shared"),
+            "modules.paths": ModuleType("modules.paths"),
             "modules.ui_components": ModuleType("modules.ui_components"),
         }
         vars(self.modules["modules.scripts"]).update(Script=StubScript, AlwaysVisible=self.always_visible)
@@ -135,6 +136,7 @@ class WebUI:
             on_script_unloaded=self._registrar("script_unloaded"),
         )
         vars(self.modules["modules.shared"]).update(opts=SimpleNamespace(), cmd_opts=SimpleNamespace())
+        vars(self.modules["modules.paths"]).update(data_path=str(extension.parent.parent))
         vars(self.modules["modules.ui_components"]).update(InputAccordion=StubCheckbox, ToolButton=gr.Button)
         for name, module in self.modules.items():
             setattr(self.modules["modules"], name.rpartition(".")[2], module)

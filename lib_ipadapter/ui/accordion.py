@@ -90,7 +90,7 @@ def build(
     accordion = input_accordion(False, label=TITLE, elem_id=elem_id("accordion"))
     with accordion:
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
-        paste_note = gr.HTML(elem_id=elem_id(PASTE_NOTE))
+        paste_note = gr.HTML("", elem_id=elem_id(PASTE_NOTE))
         setattr(accordion, PASTE_NOTE, paste_note)
         with gr.Tabs(elem_id=elem_id("units")):
             for number, slot in enumerate(slots[:VISIBLE_UNITS], 1):
