@@ -95,13 +95,14 @@ def test_the_page_does_not_serve_the_store(empty: Host) -> None:
     beside.write_text("served", "utf-8")
     client = Client(empty.app)
     assert client.get(f"/file={beside}").status_code == 200
-    for path in (store(empty) / f"{HASH}.png", store(empty).parent / "references" / ".." / "references" / f"{HASH}.png"):
+    for path in (
+        store(empty) / f"{HASH}.png",
+        store(empty).parent / "references" / ".." / "references" / f"{HASH}.png",
+    ):
         assert client.get(f"/file={path}").status_code == 403
 
 
-def test_a_folder_that_can_not_be_written_does_not_stop_the_job(
-    empty: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_can_not_be_written_does_not_stop_the_job(empty: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     comments: list[str] = []
     monkeypatch.setattr(empty.Txt2Img, "comment", lambda self, text: comments.append(text))
     shutil.rmtree(store(empty), ignore_errors=True)
