@@ -138,8 +138,9 @@ class Preparer:
             ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
             lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
         )
-        found = tuple(job.reference(ref) for ref in unit.images)
-        return PreparedUnit(unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), found)
+        return PreparedUnit(
+            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.references
+        )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:
         """The pictures of a unit that take part, as they were given."""
@@ -222,16 +223,21 @@ class _Job:
         return file_identity(self.encoder_path), file_identity(self.path)
 
     @cached_property
+    def references(self) -> tuple[tuple[str, Callable[[], Image.Image]], ...]:
+        """Of each picture of the unit, also those that take no part, its hash, and how to read it."""
+        return tuple(self._reference(ref) for ref in self.unit.images)
+
+    @cached_property
     def _sources(self) -> list[tuple[tuple[str, Crop], Callable[[], Image.Image]]]:
-        return [self._source(ref) for ref in self.unit.acting_images]
+        """What the encoder sees of each picture that takes part (its hash and crop), and how to read it."""
+        acting = self.unit.acting_images
+        return [
+            ((sha256, ref.crop if self.unit.preparation == "crop" else MIDDLE), read)
+            for ref, (sha256, read) in zip(self.unit.images, self.references, strict=True)
+            if ref in acting
+        ]
 
-    def _source(self, ref: ImageRef) -> tuple[tuple[str, Crop], Callable[[], Image.Image]]:
-        """What the encoder sees of a picture (its hash and crop), and how to read it."""
-        crop = ref.crop if self.unit.preparation == "crop" else MIDDLE
-        sha256, read = self.reference(ref)
-        return (sha256, crop), read
-
-    def reference(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
+    def _reference(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
         """The hash of a picture's content, and how to read it.
 
         A picture that is known by what was received isn't decoded for that.

@@ -231,6 +231,9 @@ def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) 
         with gr.Blocks():
             assert len(script.hooks.ui(bool(call % 2))) == 11
     assert [event for event, _ in script.webui.registered] == events
+    # What an infotext fills is of the last call alone.
+    fields, labels = vars(script.hooks).pop("infotext_fields"), vars(script.hooks).pop("paste_field_names")
+    assert len(fields) == 12 and len(labels) == 10
     assert vars(script.hooks) == state and script.session.calls == []
 
 

@@ -60,7 +60,7 @@ class Page:
                         blocks.render()
 
     def mount(self, app: FastAPI) -> None:
-        """Serve the page, and under ``/file=`` the data folder, at the root of an app that has its other routes already.
+        """Serve the page, and under ``/file=`` the data folder, at the root of an app that has its other routes.
 
         On the hosts gradio has set the paths before extensions may add to them; here it does so last.
         """
