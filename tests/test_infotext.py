@@ -6,12 +6,14 @@ import json
 import random
 import string
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
 from lib_ipadapter.units import PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, Unit
@@ -23,7 +25,12 @@ ODD = ",:\"\\\n\r\t[]() '{}<>&;=äß日本\U0001f600\u00a0\u2028\x00\x1f"
 
 def through_host(keys: dict[str, str], prompt: str = "a cat", negative: str = "") -> dict[str, Any]:
     """Parameters as the embedded host writes them into a picture and reads them from there."""
-    p = SimpleNamespace(
+    return parse_generation_parameters(create_infotext(job(keys, prompt, negative), 0, no_error))
+
+
+def job(keys: dict[str, str], prompt: str, negative: str) -> SimpleNamespace:
+    """A job of one picture."""
+    return SimpleNamespace(
         batch_size=1,
         all_prompts=[prompt],
         all_negative_prompts=[negative],
@@ -37,7 +44,6 @@ def through_host(keys: dict[str, str], prompt: str = "a cat", negative: str = ""
         sd_model=SimpleNamespace(sd_model_hash="0", sd_checkpoint_info=SimpleNamespace(name_for_extra="model")),
         extra_generation_params=keys,
     )
-    return parse_generation_parameters(create_infotext(p, 0, lambda *_: None))
 
 
 def no_error(*args: object) -> None:
@@ -237,3 +243,30 @@ def test_a_unit_beyond_the_slots_is_named() -> None:
 def test_only_hashes_are_written() -> None:
     with pytest.raises(ValueError, match="by its hash"):
         write({1: Unit(images=(ImageRef(data="aGk="),))})
+
+
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+
+
+def in_a_file(text: str, kind: str) -> str:
+    """An infotext through a picture file, stored as the hosts do: a PNG's text, or EXIF's comment in UTF-16."""
+    file, picture = BytesIO(), Image.new("RGB", (8, 8))
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        picture.save(file, kind, pnginfo=info)
+        return str(Image.open(file).info["parameters"])
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf_16_be")
+    picture.save(file, kind, exif=exif)
+    stored = Image.open(file).getexif().get_ifd(EXIF_IFD)[USER_COMMENT]
+    return bytes(stored[8:]).decode("utf_16_be")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_every_file_format_of_the_hosts_keeps_them(kind: str) -> None:
+    images = tuple(ImageRef(sha256=f"{n:064x}", weight=0.1, crop=(0.1, 0.2, 3.3)) for n in range(10))
+    wanted = {n: Unit(model=f"{n} {ODD} x.safetensors", images=images, weight=0.5) for n in range(1, UNIT_SLOTS + 1)}
+    text = create_infotext(job(write(wanted), "日本 \U0001f600", "ä"), 0, no_error)
+    found = parse(parse_generation_parameters(in_a_file(text, kind)))
+    assert {n: unit for n, unit in enumerate(found.units, 1) if unit is not None} == wanted
