@@ -257,7 +257,7 @@ def in_a_file(text: str, kind: str) -> str:
         picture.save(file, kind, pnginfo=info)
         return str(Image.open(file).info["parameters"])
     exif = Image.Exif()
-    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf_16_be")
+    exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + text.encode("utf_16_be")}
     picture.save(file, kind, exif=exif)
     stored = Image.open(file).getexif().get_ifd(EXIF_IFD)[USER_COMMENT]
     return bytes(stored[8:]).decode("utf_16_be")
