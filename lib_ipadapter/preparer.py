@@ -62,8 +62,10 @@ class PreparedUnit:
     unconds: tuple[ImageKV, ...]
     weighed: Weighed
     fingerprint: str
-    references: tuple[tuple[str, Callable[[], Image.Image]], ...]
-    """Of each picture of the unit its hash, and how to read it."""
+    hashes: tuple[str, ...]
+    """Of the content of each picture of the unit, also those that take no part."""
+    problems: tuple[str, ...] = ()
+    """Why pictures couldn't be stored."""
 
     @property
     def window(self) -> Window:
@@ -78,10 +80,10 @@ class PreparedUnit:
     @property
     def by_hash(self) -> Unit:
         """The unit with its pictures by the hash of their content."""
-        images = zip(self.unit.images, self.references, strict=True)
+        images = zip(self.unit.images, self.hashes, strict=True)
         return replace(
             self.unit,
-            images=tuple(ImageRef(sha256=sha256, weight=ref.weight, crop=ref.crop) for ref, (sha256, _) in images),
+            images=tuple(ImageRef(sha256=sha256, weight=ref.weight, crop=ref.crop) for ref, sha256 in images),
         )
 
     @property
@@ -139,7 +141,7 @@ class Preparer:
             lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
         )
         return PreparedUnit(
-            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.references
+            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.hashes, job.stored()
         )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:
@@ -237,13 +239,25 @@ class _Job:
             if ref in acting
         ]
 
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of all pictures."""
+        return tuple(sha256 for sha256, _ in self.references)
+
+    def stored(self) -> tuple[str, ...]:
+        """Keeps the pictures for those who paste the result's parameters; what went wrong, in sentences."""
+        tried = (references.keep(sha256, read) for sha256, read in self.references)
+        return tuple(problem for problem in tried if problem)
+
     def _reference(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
         """The hash of a picture's content, and how to read it.
 
         A picture that is known by what was received isn't decoded for that.
         """
         if ref.sha256:
-            return references.resolve(ref.sha256), lambda: references.get(ref.sha256)
+            takes_part = ref in self.unit.acting_images
+            sha256 = references.resolve(ref.sha256) if takes_part or references.has(ref.sha256) else ref.sha256
+            return sha256, lambda: references.get(ref.sha256)
         picture = cache(lambda: read_picture(ref.data))
         received = hashlib.sha256(ref.data.encode("utf-8", "surrogatepass")).digest()
         sha256 = self.of._kept.get(("received", received), lambda: picture_hash(picture()))

@@ -197,11 +197,11 @@ class References:
             with self._disk:
                 _write(path, file)
                 _trim(rules.folder, rules.limit_bytes, path)
-        except OSError as error:
+        except (OSError, IPAdapterError) as error:
+            reason = getattr(error, "strerror", None) or error
             self.problem = (
-                f"The reference picture {sha256[:10]}… couldn't be stored in {rules.folder.as_posix()} "
-                f"({error.strerror or error}), so its infotext won't bring it back after a restart: make room there, "
-                "or switch the store off in Settings."
+                f"The reference picture {sha256[:10]}… couldn't be stored in {rules.folder.as_posix()} ({reason}), so "
+                "the infotext won't bring it back after a restart: make room, or switch the store off in Settings."
             )
         return self.problem
 
@@ -318,9 +318,9 @@ class References:
 
 def _missing(sha256: str) -> IPAdapterError:
     return IPAdapterError(
-        f'The reference picture with sha256 "{sha256[:64]}" isn\'t kept here (the WebUI that took it keeps it until it '
-        "restarts or many others are uploaded, longer with the reference store in Settings, and where strangers can "
-        "reach it only for who added it): upload it again, or send it as base64."
+        f'The reference picture with sha256 "{sha256[:64]}" isn\'t kept here (it stays until the WebUI restarts or '
+        "many others come, longer in the reference store of Settings, and where strangers can reach the WebUI it is "
+        "only for who added it): upload it again, or send it as base64."
     )
 
 

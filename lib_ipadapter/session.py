@@ -121,9 +121,7 @@ class Session:
         info = self._host.unet_info(p)
         prepared = self._preparer.prepare(list(active.values()), info)
         setattr(p, _RUN, _Run(prepared))
-        for sentence in dict.fromkeys(
-            sentence for each in prepared for reference in each.references if (sentence := references.keep(*reference))
-        ):
+        for sentence in dict.fromkeys(problem for each in prepared for problem in each.problems):
             self._host.comment(p, sentence)
         by_number = dict(zip(active, prepared, strict=True))
         return infotext.write(

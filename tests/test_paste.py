@@ -140,3 +140,10 @@ def test_where_strangers_may_come_a_hash_restores_nothing(empty: Host) -> None:
     finally:
         references().forget(handle)
         empty.cmd_opts.webui_is_non_local = False
+
+
+def test_a_picture_that_takes_no_part_may_be_missing(empty: Host) -> None:
+    images = [{"data": base64_photo()}, {"sha256": "0" * 64, "weight": 0}]
+    text = empty.txt2img(**request({**unit(), "images": images})).infotexts[0]
+    assert f"picture 2: {'0' * 64} weight 0" in text
+    assert "picture 2" in pasted(empty, text)[2]
