@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .encoding import NEGATIVE_KEY
 from .errors import IPAdapterError
+from .fingerprint import fingerprint
 from .recognise import ENCODER_FILES, AdapterKind, EncoderKind, encoder_needed, recognise_adapter, recognise_encoder
 from .tensorfile import TensorInfo, open_tensors
 
@@ -117,6 +118,24 @@ class Library:
         """
         return self._find(name, "IP-Adapter model", self._adapter_folders(), self.adapters)
 
+    def find_model(self, name: str, digits: str) -> tuple[str, str]:
+        """What the adapter of this name and fingerprint is called here, and a note if that is another name or file.
+
+        Args:
+            digits: the fingerprint's first; '' if it isn't known.
+        """
+        paths = {each: path for each, path in self._files(self._adapter_folders()) if self._look(path).adapter}
+        by_stem = {each.rpartition(".")[0]: path for each, path in reversed(paths.items())}
+        paths = {**by_stem, **paths} if name in by_stem else paths
+        if name in paths and _fits(paths[name], digits):
+            return name, ""
+        renamed = next((each for each, path in paths.items() if digits and _fits(path, digits)), None)
+        if renamed is not None:
+            return renamed, f"the model {name} is called {renamed} here."
+        if name in paths:
+            return name, f"the model {name} is another file here than the one that was used (fingerprint {digits})."
+        return name, f"the model {name} isn't here: get it, or choose another one." if name else ""
+
     def negative_path(self, name: str) -> Path:
         """Where the negative file of this name is; raises as :meth:`adapter_path`."""
         return self._find(name, "negative file", self._adapter_folders(), self.negatives)
@@ -207,6 +226,14 @@ def _model_files(folder: Path) -> Iterator[Path]:
             path = Path(parent, name)
             if name.lower().endswith(SUFFIXES) and _is_text(str(path)):
                 yield path
+
+
+def _fits(path: Path, digits: str) -> bool:
+    """Whether a file's fingerprint begins so."""
+    try:
+        return fingerprint(path).startswith(digits)
+    except IPAdapterError:
+        return False
 
 
 def _is_text(name: str) -> bool:

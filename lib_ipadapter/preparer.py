@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import uploads
+from . import references
 from .clip_vision import CLIPVision, load_clip_vision
 from .encoding import (
     ZERO_EMBEDS,
@@ -30,8 +30,10 @@ from .encoding import (
     zero_embeds,
 )
 from .errors import IPAdapterError
+from .fingerprint import fingerprint
 from .formulations import Formulation, resolve_formulation
 from .hosts.base import UNetInfo
+from .infotext import Facts
 from .injection import Term
 from .kept import Kept
 from .library import Library
@@ -59,6 +61,11 @@ class PreparedUnit:
     conds: tuple[ImageKV, ...]
     unconds: tuple[ImageKV, ...]
     weighed: Weighed
+    fingerprint: str
+    hashes: tuple[str, ...]
+    """Of the content of each picture of the unit, also those that take no part."""
+    problems: tuple[str, ...] = ()
+    """Why pictures couldn't be stored."""
 
     @property
     def window(self) -> Window:
@@ -70,15 +77,19 @@ class PreparedUnit:
         check_fit(self.unit.model, self.kind, info)
         return Term(self.formulation, self.window, self.weighed)
 
-    def infotext(self) -> str:
-        """Every setting that says how the unit acted, ``auto`` resolved."""
-        resolved = {"formulation": self.formulation.name, "uncond": self.uncond}
-        parts = []
-        for name in (field.name for field in fields(self.unit) if field.name not in ("enabled", "images")):
-            value = resolved.get(name, getattr(self.unit, name))
-            if value != "":
-                parts.append(f"{name}: {repr(value).removesuffix('.0') if isinstance(value, float) else value}")
-        return ", ".join(parts)
+    @property
+    def by_hash(self) -> Unit:
+        """The unit with its pictures by the hash of their content."""
+        images = zip(self.unit.images, self.hashes, strict=True)
+        return replace(
+            self.unit,
+            images=tuple(ImageRef(sha256=sha256, weight=ref.weight, crop=ref.crop) for ref, sha256 in images),
+        )
+
+    @property
+    def facts(self) -> Facts:
+        """What the parameters of a picture say beside the unit."""
+        return Facts(self.fingerprint, self.formulation.name, self.uncond)
 
 
 class Preparer:
@@ -129,11 +140,13 @@ class Preparer:
             ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
             lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
         )
-        return PreparedUnit(unit, kind, formulation, uncond, tuple(conds), unconds, weighed)
+        return PreparedUnit(
+            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.hashes, job.stored()
+        )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:
         """The pictures of a unit that take part, as they were given."""
-        return [uploads.get(ref.sha256) if ref.sha256 else read_picture(ref.data) for ref in unit.acting_images]
+        return [references.get(ref.sha256) if ref.sha256 else read_picture(ref.data) for ref in unit.acting_images]
 
     def clear(self) -> None:
         """Forgets all models, features and K/V."""
@@ -212,21 +225,43 @@ class _Job:
         return file_identity(self.encoder_path), file_identity(self.path)
 
     @cached_property
-    def _sources(self) -> list[tuple[tuple[str, Crop], Callable[[], Image.Image]]]:
-        return [self._source(ref) for ref in self.unit.acting_images]
+    def references(self) -> tuple[tuple[str, Callable[[], Image.Image]], ...]:
+        """Of each picture of the unit, also those that take no part, its hash, and how to read it."""
+        return tuple(self._reference(ref) for ref in self.unit.images)
 
-    def _source(self, ref: ImageRef) -> tuple[tuple[str, Crop], Callable[[], Image.Image]]:
-        """What the encoder sees of a picture (its hash and crop), and how to read it.
+    @cached_property
+    def _sources(self) -> list[tuple[tuple[str, Crop], Callable[[], Image.Image]]]:
+        """What the encoder sees of each picture that takes part (its hash and crop), and how to read it."""
+        acting = self.unit.acting_images
+        return [
+            ((sha256, ref.crop if self.unit.preparation == "crop" else MIDDLE), read)
+            for ref, (sha256, read) in zip(self.unit.images, self.references, strict=True)
+            if ref in acting
+        ]
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of all pictures."""
+        return tuple(sha256 for sha256, _ in self.references)
+
+    def stored(self) -> tuple[str, ...]:
+        """Keeps the pictures for those who paste the result's parameters; what went wrong, in sentences."""
+        tried = (references.keep(sha256, read) for sha256, read in self.references)
+        return tuple(problem for problem in tried if problem)
+
+    def _reference(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
+        """The hash of a picture's content, and how to read it.
 
         A picture that is known by what was received isn't decoded for that.
         """
-        crop = ref.crop if self.unit.preparation == "crop" else MIDDLE
         if ref.sha256:
-            return (ref.sha256, crop), lambda: uploads.get(ref.sha256)
+            takes_part = ref in self.unit.acting_images
+            sha256 = references.resolve(ref.sha256) if takes_part or references.has(ref.sha256) else ref.sha256
+            return sha256, lambda: references.get(ref.sha256)
         picture = cache(lambda: read_picture(ref.data))
         received = hashlib.sha256(ref.data.encode("utf-8", "surrogatepass")).digest()
         sha256 = self.of._kept.get(("received", received), lambda: picture_hash(picture()))
-        return (sha256, crop), picture
+        return sha256, picture
 
     def _pixels(self, read: Callable[[], Image.Image], crop: Crop, size: int) -> Tensor:
         return clip_preprocess(to_pixels([prepare(read(), self.unit.preparation, size, crop)]), size)

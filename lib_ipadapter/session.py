@@ -7,13 +7,13 @@ host's processing object, so that a job inside a job (a face detailer's, say) ha
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import infotext, references
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .injection import Injection
@@ -24,9 +24,6 @@ from .progress import NOISE, Window
 from .results import save_beside, strip
 from .steps import never_acted
 from .units import Unit
-
-INFOTEXT_KEY = "IP-Adapter"
-_OUR_KEY = re.compile(rf"{INFOTEXT_KEY} \d+|{ERROR_KEY}")
 
 # Attribute of the host's processing object that holds its run.
 _RUN = "image_prompt_run"
@@ -51,10 +48,17 @@ class Session:
     Args:
         host: the WebUI.
         kept_bytes: the limit of host memory for models and K/V that are kept between generations.
+        hashes: whether pictures' parameters name the references by their hashes.
     """
 
-    def __init__(self, host: Host, kept_bytes: Callable[[], int] = lambda: limit_bytes(DEFAULT_GB)) -> None:
+    def __init__(
+        self,
+        host: Host,
+        kept_bytes: Callable[[], int] = lambda: limit_bytes(DEFAULT_GB),
+        hashes: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._host = host
+        self._hashes = hashes
         self._library = Library(host.adapter_folders, host.encoder_folders)
         self._preparer = Preparer(self._library, host.run, kept_bytes, host.first_role)
 
@@ -82,6 +86,10 @@ class Session:
         """Names of the negative files on disk."""
         return sorted(self._library.negatives(), key=str.lower)
 
+    def read_infotext(self, params: Mapping[str, Any]) -> infotext.Parsed:
+        """The units of a picture's parameters, as they can be had here; see :func:`.infotext.parse`."""
+        return infotext.parse(params, self._library.find_model, references.has)
+
     # A job's way through the host's callbacks
 
     def begin(self, p: Any) -> None:
@@ -89,7 +97,9 @@ class Session:
         self._let_go(p)
         self._host.detach(p)
         # A copied job (a cell of an X/Y/Z grid) shares its parameters with the others; ours are of this job alone.
-        parameters = {key: value for key, value in p.extra_generation_params.items() if not _OUR_KEY.fullmatch(key)}
+        parameters = {
+            key: value for key, value in p.extra_generation_params.items() if not infotext.OUR_KEY.fullmatch(key)
+        }
         if len(parameters) < len(p.extra_generation_params):
             p.extra_generation_params = parameters
 
@@ -111,7 +121,14 @@ class Session:
         info = self._host.unet_info(p)
         prepared = self._preparer.prepare(list(active.values()), info)
         setattr(p, _RUN, _Run(prepared))
-        return {f"{INFOTEXT_KEY} {number}": each.infotext() for number, each in zip(active, prepared, strict=True)}
+        for sentence in dict.fromkeys(problem for each in prepared for problem in each.problems):
+            self._host.comment(p, sentence)
+        by_number = dict(zip(active, prepared, strict=True))
+        return infotext.write(
+            {number: each.by_hash for number, each in by_number.items()},
+            {number: each.facts for number, each in by_number.items()},
+            self._hashes(),
+        )
 
     def attach(self, p: Any, **_: Any) -> None:
         """Before every pass: the units go into the UNet that is loaded now."""

@@ -23,6 +23,9 @@ PACKAGE = "sd_image_prompt"
 LIVE_SESSION = "live_session"
 """Attribute of the package that holds the session of this load, for the next load to find."""
 KEPT_GB = "ip_adapter_kept_gb"
+STORE = "ip_adapter_reference_store"
+STORE_MB = "ip_adapter_reference_store_mb"
+HIDE_HASHES = "ip_adapter_hide_hashes"
 SHOW_STRIP = "ip_adapter_show_strip"
 SAVE_REFERENCES = "ip_adapter_save_references"
 """Keys of our settings."""
@@ -62,10 +65,12 @@ api = _part("api")
 axes = _part("axes")
 cmd_opts = _part("hosts.cmd_opts")
 errors = _part("errors")
+infotext = _part("infotext")
 kept = _part("kept")
-references = _part("uploads")
+references = _part("references")
 units = _part("units")
 accordion = _part("ui.accordion")
+handlers = _part("ui.handlers")
 xyz = _part("hosts.xyz")
 
 
@@ -76,12 +81,34 @@ def _kept_bytes() -> int:
     return limit
 
 
+def _writes_hashes() -> bool:
+    from modules import shared
+
+    return not getattr(shared.opts, HIDE_HASHES, False)
+
+
+def _store_folder() -> Path:
+    from modules.paths import data_path
+
+    return Path(data_path, "ip-adapter", "references").absolute()
+
+
+def _store_rules() -> Any:
+    """A WebUI that doesn't say how it was started counts as one that strangers may reach."""
+    from modules import shared
+
+    local = not getattr(shared.cmd_opts, "webui_is_non_local", True)
+    choice = getattr(shared.opts, STORE, references.LOCAL)
+    return references.rules_of(_store_folder(), choice, getattr(shared.opts, STORE_MB, references.DISK_MB), local)
+
+
 try:
     _host: Any = _part("hosts").detect()
-    session: Any = _part("session").Session(_host, _kept_bytes)
+    session: Any = _part("session").Session(_host, _kept_bytes, _writes_hashes)
     downloader: Any = _part("downloads").Downloader(
         _host.adapter_folders, _host.encoder_folders, cmd_opts.extension_access
     )
+    references.default.rules = _store_rules
 except errors.IPAdapterError as refusal:
     print(refusal, file=sys.stderr)
     session = None  # the script stays out of sight, so none of its hooks is called
@@ -99,6 +126,35 @@ def _failing_loudly(p: Any) -> Iterator[None]:
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         session.fail(p, f"IP-Adapter stopped on an unexpected error ({reason}); the console has the details.")
+
+
+class _LastPaste:
+    """What a pasted infotext says of us: read once for all the fields that ask for it."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, Any] = (None, None)
+
+    def __call__(self, params: Any) -> Any:
+        of, parsed = self._of
+        if of is not params:  # the host hands the same object to every field, and another one for every paste
+            parsed = session.read_infotext(params)
+            self._of = (params, parsed)
+        return parsed
+
+
+def _paste_fields(components: list[Any]) -> tuple[list[tuple[Any, Any]], list[str]]:
+    """What an infotext fills, and the labels of it: the checkbox, every slot, and the note on what isn't as it was.
+
+    All have a value for every infotext, because a field without one would stay as it was.
+    """
+    last = _LastPaste()
+    enabled, *slots = components
+    fields: list[tuple[Any, Any]] = [(enabled, lambda params: last(params).enabled)]
+    fields += [(slot, lambda params, n=n: last(params).slots()[n]) for n, slot in enumerate(slots[: units.UNIT_SLOTS])]
+    note = getattr(enabled, accordion.PASTE_NOTE, None)
+    if note is not None:
+        fields.append((note, lambda params: handlers.notes(last(params).notes)))
+    return fields, [f"{infotext.KEY} {number}" for number in range(1, units.UNIT_SLOTS + 1)]
 
 
 class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no type information
@@ -122,6 +178,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
             with suppress(OSError):  # the page without previews is better than no page
                 os.makedirs(folder, exist_ok=True)
         components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton, downloader)
+        self.infotext_fields, self.paste_field_names = _paste_fields(components)
         return components
 
     def before_process(self, p: Any, *args: object) -> None:
@@ -159,7 +216,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
 def _picture_of_axis(p: Any) -> Any:
     """Reads an axis' pictures. Files are read for who sits at the page of a WebUI that strangers don't reach."""
     files = not getattr(p, "is_api", False) and cmd_opts.extension_access()
-    return lambda value, unit: axes.picture(value, unit, references, files)
+    return lambda value, unit: axes.picture(value, unit, references.default, files)
 
 
 def _add_axes() -> None:
@@ -184,6 +241,19 @@ def _on_ui_settings() -> None:
             gradio.Slider,
             {"minimum": 0, "maximum": 64, "step": 0.5},
         ),
+        STORE: (
+            references.LOCAL,
+            "Keep used reference pictures on disk, so that infotexts bring them back",
+            gradio.Radio,
+            {"choices": list(references.CHOICES)},
+        ),
+        STORE_MB: (
+            references.DISK_MB,
+            "Room for reference pictures on disk (MB; those not used for longest go first)",
+            gradio.Slider,
+            {"minimum": 16, "maximum": 65536, "step": 16},
+        ),
+        HIDE_HASHES: (False, "Leave hashes of references out of infotexts", gradio.Checkbox, {}),
         SHOW_STRIP: (False, "Show the references beside the first result in the gallery", gradio.Checkbox, {}),
         SAVE_REFERENCES: (False, "Save the references beside the file of the first result", gradio.Checkbox, {}),
     }
@@ -191,12 +261,22 @@ def _on_ui_settings() -> None:
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
 
 
-def _on_app_started(_: Any, app: Any) -> None:
+def _block_store(demo: Any, app: Any) -> None:
+    """Keeps the page from serving what lies in the store: hosts let it serve all of their data folder."""
+    folder = _store_folder()
+    for blocks in {id(each): each for each in (demo, getattr(app, "blocks", None)) if each is not None}.values():
+        blocked = list(getattr(blocks, "blocked_paths", None) or [])
+        blocked += [each for each in dict.fromkeys((str(folder), str(folder.resolve()))) if each not in blocked]
+        blocks.blocked_paths = blocked
+
+
+def _on_app_started(demo: Any, app: Any) -> None:
     """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same logins."""
+    _block_store(demo, app)
     loaded = _part("hosts.loaded").loaded_unet
     fetch = _part("hosts.addresses").fetch
     may_see = cmd_opts.extension_access
-    answers = api.Answers(session, lambda: loaded(_host), references, downloader, fetch, may_see)
+    answers = api.Answers(session, lambda: loaded(_host), references.default, downloader, fetch, may_see)
     _part("hosts.routes").add_routes(app, answers)
 
 

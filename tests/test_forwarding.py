@@ -153,8 +153,8 @@ def from_page(host: Host, slots: list[str]) -> None:
 def test_a_job_of_the_page_whose_pictures_only_the_first_has_is_refused_by_the_second(
     forwarding: Host, worker: str
 ) -> None:
-    uploads = sys.modules["sd_image_prompt.uploads"]
-    sha256 = uploads.add(photo())
+    references = sys.modules["sd_image_prompt.references"]
+    sha256 = references.add(photo())
     slot = json.dumps({"version": 1, "model": UNITS[0]["model"], "images": [{"sha256": sha256}]})
     from_page(forwarding, [slot])
     seen = forwarder(forwarding).before[TITLE]["args"]
@@ -163,5 +163,5 @@ def test_a_job_of_the_page_whose_pictures_only_the_first_has_is_refused_by_the_s
     answer = forward(forwarding, worker, request())
     assert answer.status_code == 422
     sentence = answer.json()["detail"]
-    assert f'The uploaded picture with sha256 "{sha256}" isn\'t kept here' in sentence
+    assert f'The reference picture with sha256 "{sha256}" isn\'t kept here' in sentence
     assert sentence.endswith("upload it again, or send it as base64.") and "images" not in answer.json()

@@ -33,7 +33,7 @@ MADE = []
 class Session:
     library = SimpleNamespace(listing=lambda: {"adapters": []}, adapter_path=lambda name: None)
 
-    def __init__(self, host, kept_bytes):
+    def __init__(self, host, kept_bytes, hashes):
         self.host, self.kept_bytes, self.calls, self.raising = host, kept_bytes, [], {}
         MADE.append(self)
 
@@ -129,6 +129,7 @@ class WebUI:
             "modules.scripts": ModuleType("modules.scripts"),
             "modules.script_callbacks": ModuleType("modules.script_callbacks"),
             "modules.shared": ModuleType("modules.shared"),
+            "modules.paths": ModuleType("modules.paths"),
             "modules.ui_components": ModuleType("modules.ui_components"),
         }
         vars(self.modules["modules.scripts"]).update(Script=StubScript, AlwaysVisible=self.always_visible)
@@ -140,6 +141,7 @@ class WebUI:
             on_script_unloaded=self._registrar("script_unloaded"),
         )
         vars(self.modules["modules.shared"]).update(opts=SimpleNamespace(), cmd_opts=SimpleNamespace())
+        vars(self.modules["modules.paths"]).update(data_path=str(extension.parent.parent))
         vars(self.modules["modules.ui_components"]).update(InputAccordion=StubCheckbox, ToolButton=gr.Button)
         for name, module in self.modules.items():
             setattr(self.modules["modules"], name.rpartition(".")[2], module)
@@ -233,6 +235,9 @@ def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) 
         with gr.Blocks():
             assert len(script.hooks.ui(bool(call % 2))) == 11
     assert [event for event, _ in script.webui.registered] == events
+    # What an infotext fills is of the last call alone.
+    fields, labels = vars(script.hooks).pop("infotext_fields"), vars(script.hooks).pop("paste_field_names")
+    assert len(fields) == 12 and len(labels) == 10
     assert vars(script.hooks) == state and script.session.calls == []
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_ipadapter import pictures, uploads
+from lib_ipadapter import pictures, references
 from lib_ipadapter.ui import handlers
 from lib_ipadapter.units import SCHEMA_VERSION, UNIT_SLOTS, ImageRef, Unit
 from tests.embedded.gradio_compat import gr
@@ -62,7 +62,7 @@ def test_files_are_kept_and_shown_as_the_encoder_sees_them(files: list[Path], as
     assert note == "" and len(hashes) == len(previews) == 2
     for path, sha256, preview in zip(files, hashes, previews, strict=True):
         picture = Image.open(path)
-        assert np.array_equal(np.asarray(uploads.get(sha256)), np.asarray(picture))
+        assert np.array_equal(np.asarray(references.get(sha256)), np.asarray(picture))
         expected = pictures.prepare(picture, preparation)
         assert preview.size == expected.size == (224, 224)
         assert np.array_equal(np.asarray(preview), np.asarray(expected))

@@ -27,7 +27,7 @@ class Watch:
         self.opened: list[str] = []
         self.decoded = self.runs = 0
         sys.addaudithook(self._audit)
-        for name in ("sd_image_prompt.preparer", "sd_image_prompt.uploads"):
+        for name in ("sd_image_prompt.preparer", "sd_image_prompt.references"):
             module = sys.modules[name]
             read = module.read_picture  # type: ignore[attr-defined]
             monkeypatch.setattr(module, "read_picture", lambda source, read=read: self._decode(read, source))

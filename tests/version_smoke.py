@@ -152,7 +152,7 @@ def in_a_webui(models: Path) -> dict[str, Any]:
         },
         "ui_components": {"InputAccordion": InputAccordion, "ToolButton": gr.Button},
         "sd_hijack": {},
-        "paths": {"models_path": str(models)},
+        "paths": {"models_path": str(models), "data_path": str(models)},
         "shared": {"cmd_opts": SimpleNamespace(), "opts": SimpleNamespace()},
     }
     sys.modules["modules"] = ModuleType("modules")

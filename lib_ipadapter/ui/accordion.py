@@ -19,6 +19,8 @@ from . import handlers
 
 TITLE = "IP-Adapter"
 VISIBLE_UNITS = 3
+PASTE_NOTE = "paste_note"
+"""Attribute of the checkbox: the component that says what a pasted infotext couldn't bring back."""
 PAGE_WEIGHTS = (-1.0, 2.0)
 """The range of the slider; requests may go further (``units.WEIGHT_RANGE``)."""
 
@@ -88,6 +90,8 @@ def build(
     accordion = input_accordion(False, label=TITLE, elem_id=elem_id("accordion"))
     with accordion:
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
+        paste_note = gr.HTML("", elem_id=elem_id(PASTE_NOTE))
+        setattr(accordion, PASTE_NOTE, paste_note)
         with gr.Tabs(elem_id=elem_id("units")):
             for number, slot in enumerate(slots[:VISIBLE_UNITS], 1):
                 with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}")):

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from .. import pictures, uploads
+from .. import pictures, references
 from ..errors import IPAdapterError
 from ..units import Unit
 
@@ -33,7 +33,7 @@ def keep_files(files: Sequence[object] | None, preparation: str) -> tuple[str, l
     for file in files or ():
         path = Path(str(getattr(file, "name", file)))
         try:
-            hashes.append(uploads.add(pictures.read_picture(path)))
+            hashes.append(references.add(pictures.read_picture(path)))
         except IPAdapterError as error:
             return "", [], note(f"{os.path.basename(path)}: {error}")
     if not hashes:
@@ -45,7 +45,7 @@ def keep_files(files: Sequence[object] | None, preparation: str) -> tuple[str, l
 def preview(hashes: str, preparation: str) -> tuple[list[Image], str]:
     """The encoder's exact inputs for uploaded pictures (a JSON list of hashes, '' for none), and a note."""
     try:
-        kept = [uploads.get(sha256) for sha256 in (json.loads(hashes) if hashes else ())]
+        kept = [references.get(sha256) for sha256 in (json.loads(hashes) if hashes else ())]
         return [pictures.prepare(picture, preparation) for picture in kept], ""
     except IPAdapterError as error:
         return [], note(str(error))
@@ -114,6 +114,11 @@ def _entry_name(label: object) -> str:
 
 def _size(size: int | None) -> str:
     return "size not known" if size is None else f"{size / 1e6:.1f} MB"
+
+
+def notes(messages: Sequence[str]) -> str:
+    """Several messages as the page shows them."""
+    return "".join(note(message) for message in messages)
 
 
 def note(message: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lib_ipadapter import uploads
+from lib_ipadapter import references
 from lib_ipadapter.clip_vision import load_clip_vision
 from lib_ipadapter.session import Session
 from lib_ipadapter.units import ImageRef, Unit
@@ -54,7 +54,7 @@ def _picture(number: int) -> str:
     """A photograph-like picture of one megapixel, uploaded; its hash."""
     noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(number))
     small = Image.fromarray((noise * 255).byte().permute(1, 2, 0).numpy())
-    return uploads.add(small.resize(MEGAPIXEL, Image.Resampling.BICUBIC))
+    return references.add(small.resize(MEGAPIXEL, Image.Resampling.BICUBIC))
 
 
 def measure_preparation(device: torch.device, small: bool) -> dict[str, Any]:
@@ -81,10 +81,10 @@ def measure_preparation(device: torch.device, small: bool) -> dict[str, Any]:
             global _opened
             shas = [_picture(number) for number in pictures]
             start = time.perf_counter()
-            decoded = [uploads.get(sha) for sha in shas]
+            decoded = [references.get(sha) for sha in shas]
             decoding = (time.perf_counter() - start) * 1e3
             images = tuple(
-                ImageRef(data=_base64(one)) if received else ImageRef(sha256=uploads.add(one)) for one in decoded
+                ImageRef(data=_base64(one)) if received else ImageRef(sha256=references.add(one)) for one in decoded
             )
             p = job(unet)
             p.sampler = SimpleNamespace(sample=lambda *_: None, sample_img2img=lambda *_: None)

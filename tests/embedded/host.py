@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,12 +82,16 @@ class Host:
         folders = [PROJECT_ROOT] if extensions is None else [Path(folder).resolve() for folder in extensions]
         self.extensions = [loader.Extension(folder) for folder in folders]
         self.models_path = Path(models_path).resolve() if models_path is not None else PROJECT_ROOT / "models"
+        # Beside models that were given, else in a folder that goes with the host: never in the project.
+        self._temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._data_dir = self._temporary.name if models_path is None else str(self.models_path.parent)
         self.row_order = row_order
         self.split_calls = split_calls
         self.verbose = verbose
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self.reports = Reports()
         self.cmd_opts = loader.command_line_options(self.extensions, command_line, self._parser(), self.reports)
+        self.cmd_opts.webui_is_non_local = self.cmd_opts.listen
         self.callbacks = Callbacks(self.reports)
         self.state = State()
         self.opts = Options()
@@ -184,11 +189,11 @@ class Host:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser("embedded host")
-        parser.add_argument("--data-dir", default=str(self.models_path.parent))
+        parser.add_argument("--data-dir", default=self._data_dir)
         parser.add_argument("--models-dir", default=str(self.models_path))
         for flag in ("--nowebui", "--api-log", "--listen", "--freeze-settings"):
             parser.add_argument(flag, action="store_true")
-        parser.set_defaults(api=True)
+        parser.set_defaults(api=True, share=False, ngrok=None, server_name=None)
         return parser
 
     # -- model ------------------------------------------------------------------------------------------------

@@ -60,8 +60,12 @@ class Page:
                         blocks.render()
 
     def mount(self, app: FastAPI) -> None:
-        """Serve the page at the root of an app that has its other routes already."""
-        gr.mount_gradio_app(app, self.blocks, path="/")
+        """Serve the page, and under ``/file=`` the data folder, at the root of an app that has its other routes.
+
+        On the hosts gradio has set the paths before extensions may add to them; here it does so last.
+        """
+        blocked, data = list(self.blocks.blocked_paths), str(self.host.cmd_opts.data_dir)
+        gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
 
     def _head(self) -> str:
         scripts = [ASSETS / "script.js", *self._files("javascript", ".js", ".mjs")]

@@ -72,7 +72,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
     models, root = str(host.models_path), str(host.models_path.parent)
     paths = {
         "models_path": models,
-        "data_path": root,
+        "data_path": str(host.cmd_opts.data_dir),
         "script_path": root,
         "modules_path": root,
         "extensions_dir": root,
