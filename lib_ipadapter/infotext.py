@@ -232,7 +232,7 @@ class _Reader:
 
 
 def _typed(name: str, value: str) -> Any:
-    if _FIELDS[name].default == "auto" and _RESOLVED.fullmatch(value):
+    if _RESOLVED.fullmatch(value):
         return "auto"
     if isinstance(_FIELDS[name].default, bool):
         return {"true": True, "false": False}.get(value, value)

@@ -238,7 +238,11 @@ class References:
         ]
 
     def forget(self, sha256: str, owner: str = "") -> bool:
-        """Remove a picture from memory and disk; whether it was there."""
+        """Remove a picture from memory and disk; whether it was there.
+
+        Raises:
+            IPAdapterError: if its file can't be removed.
+        """
         try:
             content = self.resolve(sha256, owner)
         except IPAdapterError:
@@ -249,8 +253,13 @@ class References:
             self._handles = {handle: other for handle, other in self._handles.items() if other != content}
         folder = self.rules().folder
         if folder is not None:
-            with suppress(FileNotFoundError):
-                (folder / f"{content}.png").unlink()
+            try:
+                (folder / f"{content}.png").unlink(missing_ok=True)
+            except OSError as error:
+                raise IPAdapterError(
+                    f"The file {content}.png in {folder.as_posix()} can't be removed ({error.strerror or error}): "
+                    "remove it by hand."
+                ) from error
         return True
 
     def forget_all(self, owner: str = "") -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lib_ipadapter.encoding import NEGATIVE_KEY, load_adapter
 from lib_ipadapter.errors import IPAdapterError
+from lib_ipadapter.fingerprint import fingerprint
 from lib_ipadapter.library import Library
 from lib_ipadapter.pictures import read_picture
 from lib_ipadapter.recognise import ENCODER_FILES, ENCODERS, AdapterKind, encoder_needed, recognise_adapter
@@ -289,3 +290,33 @@ def test_an_encoder_is_found_in_whatever_folder_and_name(tmp_path: Path) -> None
         assert Library(list, lambda: [tmp_path / "one", tmp_path / "two"]).encoder_for(kind) == path
     finally:
         path.unlink()
+
+
+# Files that an infotext names
+
+
+def test_a_model_of_an_infotext_is_found_by_name_and_fingerprint(tmp_path: Path) -> None:
+    digits = fingerprint(an_adapter(tmp_path / "sub" / "a.safetensors"))[:10]
+    files = library(tmp_path)
+    for known in (digits, ""):
+        assert files.find_model("sub/a.safetensors", known) == ("sub/a.safetensors", "")
+        assert files.find_model("sub/a", known) == ("sub/a", "")  # as requests may spell it
+    (tmp_path / "sub" / "a.safetensors").rename(tmp_path / "new.bin")
+    assert files.find_model("sub/a.safetensors", digits) == (
+        "new.bin",
+        "the model sub/a.safetensors is called new.bin here.",
+    )
+    name, note = files.find_model("sub/a.safetensors", "")
+    assert name == "sub/a.safetensors" and "isn't here" in note
+
+
+def test_another_file_of_the_name_gives_way_to_the_one_that_was_meant(tmp_path: Path) -> None:
+    digits = fingerprint(an_adapter(tmp_path / "a.safetensors"))[:10]
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    an_adapter(tmp_path / "a.safetensors", seed=1)
+    files = library(tmp_path)
+    assert files.find_model("a.safetensors", digits)[0] == "b.safetensors"
+    (tmp_path / "b.safetensors").unlink()
+    name, note = files.find_model("a.safetensors", digits)
+    assert name == "a.safetensors" and f"is another file here than the one that was used (fingerprint {digits})" in note
+    assert files.find_model("", "") == ("", "")

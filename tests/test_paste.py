@@ -147,3 +147,13 @@ def test_a_picture_that_takes_no_part_may_be_missing(empty: Host) -> None:
     text = empty.txt2img(**request({**unit(), "images": images})).infotexts[0]
     assert f"picture 2: {'0' * 64} weight 0" in text
     assert "picture 2" in pasted(empty, text)[2]
+
+
+def test_the_settings_of_the_store(empty: Host) -> None:
+    labels = empty.opts.data_labels
+    assert labels["ip_adapter_reference_store"].default == "when the WebUI is local"
+    assert labels["ip_adapter_reference_store_mb"].default == 1024
+    assert labels["ip_adapter_hide_hashes"].default is False
+    empty.opts.data["ip_adapter_reference_store_mb"] = 0
+    text = empty.txt2img(**request(unit())).infotexts[0]
+    assert HASH in text and "are allowed in all" in references().default.problem

@@ -326,3 +326,15 @@ def test_times_are_of_the_last_use(tmp_path: Path) -> None:
     begun = time.time()
     store.keep(sha256, never)
     assert (tmp_path / f"{sha256}.png").stat().st_mtime > begun - 10
+
+
+def test_a_file_that_can_not_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = on_disk(tmp_path)
+    sha256 = used(store, noise(0))
+
+    def held(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    with pytest.raises(IPAdapterError, match=f"{sha256}.*in use"):
+        store.forget(sha256)
