@@ -28,6 +28,10 @@ HOST_ROUTE = "/sdapi/v1/sd-models"
 KEPT_GB = "ip_adapter_kept_gb"
 SHOW_STRIP = "ip_adapter_show_strip"
 SAVE_REFERENCES = "ip_adapter_save_references"
+UNITS_SHOWN = "ip_adapter_units_shown"
+NEW_WEIGHT = "ip_adapter_new_weight"
+NEW_TIMING = "ip_adapter_new_timing"
+NEW_FORMULATION = "ip_adapter_new_formulation"
 """Keys of our settings."""
 
 
@@ -124,7 +128,15 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         if folder:  # previews go there, and Forge Neo names one that it doesn't make
             with suppress(OSError):  # the page without previews is better than no page
                 os.makedirs(folder, exist_ok=True)
-        components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton, downloader)
+        shown = int(getattr(shared.opts, UNITS_SHOWN, accordion.VISIBLE_UNITS))
+        new = {
+            "weight": getattr(shared.opts, NEW_WEIGHT, 1.0),
+            "timing": getattr(shared.opts, NEW_TIMING, units.TIMINGS[0]),
+            "formulation": getattr(shared.opts, NEW_FORMULATION, units.FORMULATIONS[0]),
+        }
+        components: list[Any] = accordion.build(
+            session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
+        )
         return components
 
     def before_process(self, p: Any, *args: object) -> None:
@@ -181,6 +193,30 @@ def _on_ui_settings() -> None:
         ),
         SHOW_STRIP: (False, "Show the references beside the first result in the gallery", gradio.Checkbox, {}),
         SAVE_REFERENCES: (False, "Save the references beside the file of the first result", gradio.Checkbox, {}),
+        UNITS_SHOWN: (
+            accordion.VISIBLE_UNITS,
+            "Units shown in the page (1 to 10; needs 'Reload UI')",
+            gradio.Slider,
+            {"minimum": 1, "maximum": units.UNIT_SLOTS, "step": 1},
+        ),
+        NEW_WEIGHT: (
+            1.0,
+            "Strength that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Slider,
+            {"minimum": accordion.PAGE_WEIGHTS[0], "maximum": accordion.PAGE_WEIGHTS[1], "step": 0.05},
+        ),
+        NEW_TIMING: (
+            units.TIMINGS[0],
+            "Timing that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Radio,
+            {"choices": list(units.TIMINGS)},
+        ),
+        NEW_FORMULATION: (
+            units.FORMULATIONS[0],
+            "Formulation that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Radio,
+            {"choices": list(units.FORMULATIONS)},
+        ),
     }
     for key, option in options.items():
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
