@@ -64,15 +64,50 @@ class Library:
     def listing(self) -> dict[str, Any]:
         """Everything by name as it is on disk now, ready for JSON: ``adapters``, ``encoders``, ``negatives``."""
 
-        def by_name(name: str) -> str:
-            return name.lower()
-
-        adapters = self.adapters()
+        encoders = {kind.name for kind in self.encoders().values()}
+        adapters = [
+            {
+                "name": name,
+                "kind": known.adapter.description,
+                "family": known.adapter.family,
+                "variant": known.adapter.variant,
+                "tokens": known.adapter.tokens,
+                "encoder": encoder_needed(known.adapter),
+                "encoder_present": encoder_needed(known.adapter) in encoders,
+                "bytes": known.stamp[0],
+            }
+            for name, path in self._files(self._adapter_folders())
+            if (known := self._look(path)).adapter
+        ]
         return {
-            "adapters": [{"name": name, "kind": adapters[name].description} for name in sorted(adapters, key=by_name)],
-            "encoders": sorted(self.encoders(), key=by_name),
-            "negatives": sorted(self.negatives(), key=by_name),
+            "adapters": sorted(adapters, key=lambda each: str(each["name"]).lower()),
+            "encoders": sorted(self.encoders(), key=str.lower),
+            "negatives": sorted(self.negatives(), key=str.lower),
         }
+
+    def encoder_listing(self) -> list[dict[str, Any]]:
+        """Every image encoder by name, ready for JSON: ``name``, ``kind``, ``image_size``, ``bytes``."""
+        found = [
+            {
+                "name": name,
+                "kind": known.encoder.name,
+                "image_size": known.encoder.image_size,
+                "bytes": known.stamp[0],
+            }
+            for name, path in self._files(self._encoder_folders())
+            if (known := self._look(path)).encoder
+        ]
+        return sorted(found, key=lambda each: str(each["name"]).lower())
+
+    def encoder_name(self, path: Path) -> str:
+        """Name of the image encoder at a path."""
+        return next((name for name, each in self._files(self._encoder_folders()) if each == path), path.name)
+
+    def encoder_size(self, path: Path) -> int:
+        """Side in pixels of the pictures that the image encoder at a path takes."""
+        known = self._look(path).encoder
+        assert known is not None, path
+        return known.image_size
 
     def adapter_path(self, name: str) -> Path:
         """Where the adapter of this name is.

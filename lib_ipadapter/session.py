@@ -21,12 +21,12 @@ from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .preparer import PreparedUnit, Preparer, check_fit
-from .progress import NOISE, STEPS, Window
+from .progress import NOISE, Window
 from .results import save_beside, strip
+from .steps import never_acted
 from .units import Unit
 
 INFOTEXT_KEY = "IP-Adapter"
-TIMING_WORDS = {NOISE: "the noise schedule", STEPS: "the steps"}
 _OUR_KEY = re.compile(rf"{INFOTEXT_KEY} \d+|{ERROR_KEY}")
 
 # Attribute of the host's processing object that holds its run.
@@ -61,6 +61,11 @@ class Session:
 
     # What the page lists
 
+    @property
+    def library(self) -> Library:
+        """The model files."""
+        return self._library
+
     def adapters(self) -> list[str]:
         """Names of the adapters on disk."""
         return sorted(self._library.adapters(), key=str.lower)
@@ -93,10 +98,6 @@ class Session:
     def negatives(self) -> list[str]:
         """Names of the negative files on disk."""
         return sorted(self._library.negatives(), key=str.lower)
-
-    def listing(self) -> dict[str, Any]:
-        """All of them as they are on disk now, see :meth:`.library.Library.listing`."""
-        return self._library.listing()
 
     # A job's way through the host's callbacks
 
@@ -248,7 +249,7 @@ class Session:
         run.passes += 1
         for each, acted in zip(run.units, injection.acted, strict=True):
             if not acted:
-                sentence = _never_acted(each.unit, injection.progress_seen(each.unit.timing))
+                sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing))
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
@@ -266,19 +267,4 @@ def _check_stops(run: _Run, first: float) -> None:
     for each in run.units:
         behind = each.unit.timing == NOISE and not Window(0.0, each.unit.stop).contains(first)
         if run.passes == 0 and behind:
-            raise IPAdapterError(_never_acted(each.unit, (first, 1.0)))
-
-
-def _never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
-    """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
-    subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
-    if progress is None:
-        return f"{subject}, and the sampler called the UNet not once, so it would never act: choose more steps."
-    first, last = progress
-    cure = f"choose a stop above {first:.2f}"
-    if Window(0.0, unit.stop).contains(first):
-        cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
-    return (
-        f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of {TIMING_WORDS[unit.timing]}, so "
-        f"it would never act: {cure}."
-    )
+            raise IPAdapterError(never_acted(each.unit, (first, 1.0)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import IPAdapterError
 from .pictures import picture_hash, read_picture
@@ -70,6 +70,22 @@ class UploadStore:
             self._files.move_to_end(sha256.lower())
         return read_picture(file)
 
+    def png(self, sha256: str) -> bytes:
+        """The picture with this hash as a PNG file; raises as :meth:`get`."""
+        return _png(self.get(sha256))
+
+    def listing(self) -> list[dict[str, Any]]:
+        """What is kept, the latest used last, ready for JSON: ``sha256`` and ``bytes``."""
+        with self._lock:
+            return [{"sha256": sha256, "bytes": len(file)} for sha256, file in self._files.items()]
+
+    def forget(self, sha256: str) -> bool:
+        """Drops the picture with this hash; whether there was one."""
+        with self._lock:
+            file = self._files.pop(sha256.lower(), None)
+            self._bytes -= len(file or b"")
+            return file is not None
+
 
 def _png(rgb: Image) -> bytes:
     bare = rgb.copy()
@@ -90,3 +106,18 @@ def add(picture: Image) -> str:
 def get(sha256: str) -> Image:
     """A picture of the default store; see :meth:`UploadStore.get`."""
     return _default.get(sha256)
+
+
+def png(sha256: str) -> bytes:
+    """A picture of the default store as a file; see :meth:`UploadStore.png`."""
+    return _default.png(sha256)
+
+
+def listing() -> list[dict[str, Any]]:
+    """What the default store keeps; see :meth:`UploadStore.listing`."""
+    return _default.listing()
+
+
+def forget(sha256: str) -> bool:
+    """Drops a picture of the default store; see :meth:`UploadStore.forget`."""
+    return _default.forget(sha256)

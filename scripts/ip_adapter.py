@@ -22,9 +22,6 @@ from modules import script_callbacks, scripts
 PACKAGE = "sd_image_prompt"
 LIVE_SESSION = "live_session"
 """Attribute of the package that holds the session of this load, for the next load to find."""
-MODELS_ROUTE = "/ip-adapter/models"
-HOST_ROUTE = "/sdapi/v1/sd-models"
-"""One of the host's API, beside which ours stands."""
 KEPT_GB = "ip_adapter_kept_gb"
 SHOW_STRIP = "ip_adapter_show_strip"
 SAVE_REFERENCES = "ip_adapter_save_references"
@@ -65,10 +62,15 @@ def _part(name: str) -> ModuleType:
 _eject_previous()
 _load_package()
 
+api = _part("api")
+axes = _part("axes")
+cmd_opts = _part("hosts.cmd_opts")
 errors = _part("errors")
 kept = _part("kept")
+references = _part("uploads")
 units = _part("units")
 accordion = _part("ui.accordion")
+xyz = _part("hosts.xyz")
 
 
 def _kept_bytes() -> int:
@@ -78,17 +80,12 @@ def _kept_bytes() -> int:
     return limit
 
 
-def _may_download() -> bool:
-    """A WebUI that strangers may reach doesn't let them put files onto its disk."""
-    from modules import shared
-
-    return not getattr(shared.cmd_opts, "disable_extension_access", True)
-
-
 try:
     _host: Any = _part("hosts").detect()
     session: Any = _part("session").Session(_host, _kept_bytes)
-    downloader: Any = _part("downloads").Downloader(_host.adapter_folders, _host.encoder_folders, _may_download)
+    downloader: Any = _part("downloads").Downloader(
+        _host.adapter_folders, _host.encoder_folders, cmd_opts.extension_access
+    )
 except errors.IPAdapterError as refusal:
     print(refusal, file=sys.stderr)
     session = None  # the script stays out of sight, so none of its hooks is called
@@ -147,8 +144,10 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
     def process(self, p: Any, *args: object) -> None:
         """Read and check the units, and do everything heavy."""
         with _failing_loudly(p):
-            enabled, active = units.parse_script_args(args)
+            enabled, active = units.parse_script_args(axes.overridden(args, axes.of(p), _picture_of_axis(p)))
             if enabled:
+                if getattr(p, "is_api", False):  # settings about addresses are about the API alone
+                    active = [api.fetched(unit, _part("hosts.addresses").fetch, references.add) for unit in active]
                 p.extra_generation_params.update(session.prepare(p, active))
 
     def process_before_every_sampling(self, p: Any, *args: object, **kwargs: Any) -> None:
@@ -169,15 +168,21 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         session.end(p)
 
 
+def _picture_of_axis(p: Any) -> Any:
+    """Reads an axis' pictures. Files are read for who sits at the page of a WebUI that strangers don't reach."""
+    files = not getattr(p, "is_api", False) and cmd_opts.extension_access()
+    return lambda value, unit: axes.picture(value, unit, references, files)
+
+
+def _add_axes() -> None:
+    """To X/Y/Z plot, where that is loaded already; once, however often this is called."""
+    made = axes.make(session.adapters, session.library.adapter_path, _picture_of_axis, IPAdapterScript().title())
+    xyz.add(made, axes.PREFIX)
+
+
 def _on_cfg_denoiser(params: Any) -> None:
     with _failing_loudly(getattr(getattr(params, "denoiser", None), "p", None)):
         session.on_step(params)
-
-
-def _models() -> dict[str, Any]:
-    """The model files that are there now: adapters with their kind, image encoders, negatives."""
-    listing: dict[str, Any] = session.listing()
-    return listing
 
 
 def _on_ui_settings() -> None:
@@ -222,53 +227,13 @@ def _on_ui_settings() -> None:
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
 
 
-def _catalogue() -> dict[str, Any]:
-    """The models that can be downloaded, with licence and size, and whether each is there already."""
-    return {"entries": downloader.catalogue()}
-
-
-def _start_download(request: dict[str, Any]) -> dict[str, Any]:
-    """Starts the download of the catalogue's entry ``name``, or joins the one that runs."""
-    from fastapi import HTTPException
-
-    try:
-        state: dict[str, Any] = downloader.start(request.get("name"))
-    except errors.IPAdapterError as error:
-        raise HTTPException(error.status_code, error.detail) from None
-    return state
-
-
-def _download() -> dict[str, Any]:
-    """The running download, or the last one."""
-    state: dict[str, Any] = downloader.state()
-    return state
-
-
-def _cancel_download() -> dict[str, Any]:
-    """Asks the running download to end; what has come stays for the next try."""
-    state: dict[str, Any] = downloader.cancel()
-    return state
-
-
-ROUTES = (
-    ("GET", MODELS_ROUTE, _models),
-    ("GET", "/ip-adapter/catalogue", _catalogue),
-    ("POST", "/ip-adapter/download", _start_download),
-    ("GET", "/ip-adapter/download", _download),
-    ("POST", "/ip-adapter/download/cancel", _cancel_download),
-)
-
-
 def _on_app_started(_: Any, app: Any) -> None:
-    """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same login.
-
-    ``response_model=None``: neither generation of pydantic shall have a say in a plain dict.
-    """
-    for route in app.routes:
-        if getattr(route, "path", "") == HOST_ROUTE:
-            for method, path, answer in ROUTES:
-                app.add_api_route(path, answer, methods=[method], response_model=None, dependencies=route.dependencies)
-            break
+    """Every load gets an app of its own. Our routes are there when the host's API is, and ask for the same logins."""
+    loaded = _part("hosts.loaded").loaded_unet
+    fetch = _part("hosts.addresses").fetch
+    may_see = cmd_opts.extension_access
+    answers = api.Answers(session, lambda: loaded(_host), references, downloader, fetch, may_see)
+    _part("hosts.routes").add_routes(app, answers)
 
 
 def _on_unloaded() -> None:
@@ -278,6 +243,8 @@ def _on_unloaded() -> None:
 
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
+    _add_axes()  # here for WebUIs that build their scripts' controls before they call anyone
+    script_callbacks.on_before_ui(_add_axes)  # and here where X/Y/Z plot is loaded after us
     script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)

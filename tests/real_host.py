@@ -31,6 +31,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.acceptance.axes import axes_problem, listing_problem
 from tests.acceptance.cases import (
     IMG2IMG,
     PHOTOGRAPH,
@@ -48,6 +49,7 @@ from tests.acceptance.cases import (
     unit,
 )
 from tests.acceptance.models import Models, full_sd15, full_sdxl, small_sd15
+from tests.acceptance.routes import LOGIN_FLAGS, login_problem, routes_problem
 from tests.acceptance.soak import WARM, soak
 from tests.acceptance.webui import EXTENSION, PROBE, Server, WebUI, left_as_found, linked, started
 
@@ -130,7 +132,9 @@ class Run:
         cases = [case for case in cases if self.table.wants(case.name)]
         plain = plain_request(first)
         built_in = not group and not self.webui.is_a1111 and self.table.wants(BUILT_IN_CASE)
-        if not cases and not built_in:
+        ours = {AXES_CASE: axes_problem, ROUTES_CASE: routes_problem} if not group else {}
+        ours = {name: problem for name, problem in ours.items() if self.table.wants(name)}
+        if not cases and not built_in and not ours:
             return
         if built_in:
             flags = [*flags, *models.controlnet_flags]
@@ -144,6 +148,8 @@ class Run:
                 self.table.run(case.name, lambda case=case: run_case(server, case, plain, reference, self.keep))  # type: ignore[misc]
             if built_in:
                 self.table.run(BUILT_IN_CASE, lambda: _beside_built_in(server, plain, reference, of_built_in))
+            for name, problem in ours.items():
+                self.table.run(name, lambda problem=problem: problem(server, plain))  # type: ignore[misc]
             if not group:
                 self.table.run(CLIENT_CASE, lambda: _client(server, first, reference))
 
@@ -156,14 +162,25 @@ class Run:
                 before, steered = _drawn(server, plain), _drawn(server, _steered(plain))
                 for _ in range(2):
                     server.reload()
-                    problem = _differs(steered, _drawn(server, _steered(plain))) or _differs(
-                        before, _drawn(server, plain)
+                    problem = (
+                        _differs(steered, _drawn(server, _steered(plain)))
+                        or _differs(before, _drawn(server, plain))
+                        or listing_problem(server)
                     )
                     if problem:
                         return problem
                 return "" if not same(before, steered) else "the reference changed nothing"
 
         self.table.run("Reload UI, twice", case)
+
+    def login(self, models: Models, first: str) -> None:
+        """The page's login, which the WebUI's own API doesn't ask for."""
+
+        def case() -> str:
+            with self.server(models, first, LOGIN_FLAGS, page=True) as server:
+                return login_problem(server)
+
+        self.table.run("our routes behind the page's login", case)
 
     def soak(self, models: Models, first: str, flags: list[str], generations: int) -> None:
         """A second process, started before the extension is linked in, runs without it."""
@@ -196,6 +213,8 @@ class Run:
 
 BUILT_IN_CASE = "the built-in IP-Adapter unit"
 CLIENT_CASE = "the client webuiapi"
+AXES_CASE = "our axes of X/Y/Z grids"
+ROUTES_CASE = "our routes"
 
 
 def _drawn(server: Server, wanted: dict[str, Any]) -> Pictures:
@@ -267,6 +286,7 @@ def _run(run: Run, args: argparse.Namespace) -> None:
     usual = small_sd15(models / "small") if webui.is_a1111 else full_sd15(models / "full")
     run.cases(usual, first, sd15_cases(webui), [])
     run.reload(usual, first, [])
+    run.login(usual, first)
     if webui.is_a1111:
         full = Case("full-size SD1.5: plus, joint")
         if table.wants(full.name):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from huggingface_hub import constants
 from huggingface_hub.utils._http import reset_sessions
 
@@ -24,6 +23,7 @@ from lib_ipadapter.downloads import Downloader
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.library import Library
 from tests.embedded import Host
+from tests.embedded.client import Client
 
 DATA = os.urandom(300_000)
 ENTRY = Entry("small", "SD1.5", "base", "tests", "some/one", "models/file.bin", len(DATA), "")
@@ -275,7 +275,7 @@ def test_offline_by_setting(hub: Hub, downloader: Downloader, monkeypatch: pytes
 
 
 def test_the_routes(own_host: Host) -> None:
-    client = TestClient(own_host.app)
+    client = Client(own_host.app)
     entries = client.get("/ip-adapter/catalogue").json()["entries"]
     assert {"name", "licence", "size", "present"} <= set(entries[0]) and not any(each["present"] for each in entries)
     assert client.get("/ip-adapter/download").json()["status"] == "idle"

@@ -111,11 +111,9 @@ def test_every_file_is_listed_with_its_kind(folder: Path, library: Library) -> N
     assert sorted(kinds) == sorted(path.name for path in folder.iterdir())
     assert {kind.description for kind in kinds.values()} == {KIND}
     assert library.encoders() == {} and library.negatives() == []
-    assert library.listing() == {
-        "adapters": [{"name": name, "kind": KIND} for name in sorted(kinds)],
-        "encoders": [],
-        "negatives": [],
-    }
+    listed = library.listing()
+    assert [(each["name"], each["kind"]) for each in listed["adapters"]] == [(name, KIND) for name in sorted(kinds)]
+    assert listed["encoders"] == [] and listed["negatives"] == []
 
 
 def test_listing_reads_headers_once_and_nothing_else(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

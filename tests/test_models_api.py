@@ -17,8 +17,22 @@ from tests.embedded import Host
 from tests.embedded.client import Client
 from tests.embedded.demo_models import DemoModels
 
-BASE = {"name": "demo-base-sd15.safetensors", "kind": "SD1.5 · base · 4 tokens · needs CLIP demo ViT"}
-PLUS = {"name": "demo-plus-sd15.safetensors", "kind": "SD1.5 · plus · 16 tokens · needs CLIP demo ViT"}
+BASE = {
+    "name": "demo-base-sd15.safetensors",
+    "kind": "SD1.5 · base · 4 tokens · needs CLIP demo ViT",
+    "family": "sd15",
+    "variant": "base",
+    "tokens": 4,
+    "encoder": "demo ViT/14",
+    "encoder_present": True,
+}
+PLUS = {
+    **BASE,
+    "name": "demo-plus-sd15.safetensors",
+    "kind": "SD1.5 · plus · 16 tokens · needs CLIP demo ViT",
+    "variant": "plus",
+    "tokens": 16,
+}
 
 
 @pytest.fixture
@@ -38,9 +52,16 @@ def own_host(folder: Path) -> Iterator[Host]:
 
 
 def listing(host: Host) -> Any:
+    """What the route answers, without the files' sizes, once these are seen to be right."""
     answer = Client(host.app).get("/ip-adapter/models")
     assert answer.status_code == 200
-    return answer.json()
+    return without_sizes(answer.json(), host.models_path)
+
+
+def without_sizes(listed: Any, folder: Path) -> Any:
+    for each in listed["adapters"]:
+        assert each.pop("bytes") == (folder / "ipadapter" / each["name"]).stat().st_size
+    return listed
 
 
 def test_files_come_and_go_without_a_restart(own_host: Host, folder: Path, models: DemoModels) -> None:
@@ -62,12 +83,17 @@ def test_files_come_and_go_without_a_restart(own_host: Host, folder: Path, model
     assert listing(own_host)["adapters"] == []
 
 
+def test_a_missing_encoder_is_told(own_host: Host, folder: Path) -> None:
+    (folder / "clip_vision" / "demo-vit.safetensors").unlink()
+    assert listing(own_host) == {"adapters": [{**BASE, "encoder_present": False}], "encoders": [], "negatives": []}
+
+
 def test_it_answers_over_a_socket_and_after_reload_ui(own_host: Host, folder: Path, models: DemoModels) -> None:
     url = f"{own_host.launch()}/ip-adapter/models"
-    before = requests.get(url, timeout=60).json()
+    before = without_sizes(requests.get(url, timeout=60).json(), folder)
     own_host.reload_ui()
     shutil.copy(models.plus["sd15"], folder / "ipadapter")
-    after = requests.get(f"{own_host.launch()}/ip-adapter/models", timeout=60).json()
+    after = without_sizes(requests.get(f"{own_host.launch()}/ip-adapter/models", timeout=60).json(), folder)
     assert before["adapters"] == [BASE] and after["adapters"] == [BASE, PLUS]
     routes = [route for route in own_host.app.routes if getattr(route, "path", "") == "/ip-adapter/models"]
     assert len(routes) == 1

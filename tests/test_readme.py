@@ -1,27 +1,44 @@
-"""Every example of the README runs, against the embedded host."""
+"""Every example of the README runs, against the embedded host; and beside each the same with something wrong in it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import sys
+import threading
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webuiapi
-from fastapi.testclient import TestClient
+from PIL import Image
 
+from lib_ipadapter import load_ip_adapter, preprocess
+from lib_ipadapter.access import ROUTES
+from lib_ipadapter.catalogue import Entry
+from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.units import Unit
 from tests.adapter_files import base_adapter, save
 from tests.bare_model import SD15_LAYERS, BareModel
 from tests.embedded import Host
+from tests.embedded.client import Client
 from tests.embedded.demo_models import DemoModels
 from tests.photos import base64_photo, photo
+from tests.test_downloads import DATA, Hub, hub
+
+__all__ = ["hub"]  # a fixture
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-*REQUESTS, MODELS = [json.loads(text) for language, text in BLOCKS if language == "json"]
+PICTURE = "<base64 of a PNG or JPEG, or a data URI>"
+*REQUESTS, CHECK, CHECKED, PREVIEW, MODELS, DOWNLOAD, PROGRESS = [
+    json.loads(text.replace(PICTURE, base64_photo())) for language, text in BLOCKS if language == "json"
+]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
@@ -31,15 +48,20 @@ def test_there_are_as_many_examples_as_are_run() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_requests(host: Host, number: int) -> None:
-    wanted = json.loads(
-        json.dumps(REQUESTS[number]).replace("<base64 of a PNG or JPEG, or a data URI>", base64_photo())
-    )
-    client = TestClient(host.app)
+    wanted = REQUESTS[number]
+    client = Client(host.app)
     steered = client.post("/sdapi/v1/txt2img", json={**wanted, "seed": 1})
     assert steered.status_code == 200
     plain = client.post("/sdapi/v1/txt2img", json={**wanted, "seed": 1, "alwayson_scripts": {}})
     assert steered.json()["images"] != plain.json()["images"]
     assert "IP-Adapter 1" in json.loads(steered.json()["info"])["infotexts"][0]
+    *before, last = wanted["alwayson_scripts"]["IP-Adapter"]["args"]
+    wrong = wanted | {"alwayson_scripts": {"IP-Adapter": {"args": [*before, last | {"weight": "a lot"}]}}}
+    refused(client.post("/sdapi/v1/txt2img", json=wrong), '"a lot"')
+
+
+def refused(answer: Any, part: str, status: int = 422) -> None:
+    assert answer.status_code == status and part in answer.json()["detail"], answer.json()
 
 
 def test_the_defaults_are_those_shown() -> None:
@@ -52,13 +74,38 @@ def test_the_defaults_are_those_shown() -> None:
 
 
 def test_a_request_that_cannot_be_met(host: Host) -> None:
-    answer = TestClient(host.app, raise_server_exceptions=False).post("/sdapi/v1/txt2img", json=REQUESTS[2])
-    assert answer.status_code == 422
-    assert "picture" in answer.json()["detail"]
+    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[2]), "picture")
+
+
+def test_the_table_has_every_route() -> None:
+    shown = [
+        (methods, path) for methods, path in re.findall(r"^\| (`[^/]*)(/ip-adapter/[^`]*)` \|", README, re.MULTILINE)
+    ]
+    named = {(method, path) for methods, path in shown for method in re.findall("[A-Z]+", methods)}
+    assert named == {(route.method, route.path) for route in ROUTES}
 
 
 def test_models_are_listed(host: Host) -> None:
-    assert TestClient(host.app).get("/ip-adapter/models").json() == MODELS
+    client = Client(host.app)
+    assert client.get("/ip-adapter/models").json() == MODELS
+    refused(client.get("/ip-adapter/models", headers={"Origin": "https://example"}), "https://example", 403)
+
+
+def test_check(host: Host) -> None:
+    client = Client(host.app)
+    answer = client.post("/ip-adapter/check", json=CHECK).json()
+    assert re.fullmatch("[0-9a-f]{64}", answer["pictures"][0]["sha256"])
+    answer["pictures"][0]["sha256"] = "<64 hexadecimal digits>"
+    assert answer == CHECKED
+    refused(client.post("/ip-adapter/check", json=CHECK | {"scheduler": "fast"}), '"fast"')
+
+
+def test_preview(host: Host) -> None:
+    client = Client(host.app)
+    answer = client.post("/ip-adapter/preview", json=PREVIEW).json()
+    (seen,) = (Image.open(BytesIO(base64.b64decode(each))) for each in answer["images"])
+    assert set(answer) == {"size", "images"} and seen.size == (answer["size"], answer["size"])
+    refused(client.post("/ip-adapter/preview", json=PREVIEW | {"preparation": "zoom"}), '"zoom"')
 
 
 def test_webuiapi(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +126,9 @@ def test_webuiapi(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
         steered = api.img2img(**fields, alwayson_scripts=script)
         plain = api.img2img(**fields)
+        wrong = PYTHON[0].replace('"stop": 0.7', '"stop": 7')
+        with pytest.raises(RuntimeError, match="is 7; allowed"):
+            exec(wrong, {"api": api, "photo_base64": base64_photo()})
     finally:
         host.stop()
     assert (tmp_path / "lighthouse.png").stat().st_size > 1000
@@ -95,3 +145,47 @@ def test_python(models: DemoModels, tmp_path: Path) -> None:
     }
     exec(PYTHON[1], names)
     assert len(names["patched"].replacements) == 16
+    with pytest.raises(IPAdapterError, match="encoder"):
+        load_ip_adapter(str(file), None, str(file))
+    with pytest.raises(IPAdapterError, match="int64"):
+        preprocess(np.asarray(photo()).astype(np.int64), str(file))
+
+
+@pytest.fixture
+def empty_host(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """Without models, in front of a hub of our own that has the example's entry."""
+    name, digest = DOWNLOAD["name"], hashlib.sha256(DATA).hexdigest()
+    entries = (Entry(name, "SD1.5", "base", "tests", "some/one", "file.safetensors", len(DATA), digest),)
+    with Host("sd15", models_path=tmp_path) as made:
+        made.cmd_opts.disable_extension_access = False
+        for module in ("downloads", "catalogue"):
+            monkeypatch.setattr(sys.modules[f"sd_image_prompt.{module}"], "ENTRIES", entries)
+        yield made
+
+
+def test_a_download(empty_host: Host, hub: Hub, tmp_path: Path) -> None:
+    client = Client(empty_host.app)
+    assert [each["name"] for each in client.get("/ip-adapter/catalogue").json()["entries"]] == [DOWNLOAD["name"]]
+    refused(client.post("/ip-adapter/download", json={"name": "ip-adapter_sd51"}), "ip-adapter_sd51")
+    hub.gate = threading.Event()
+    client.post("/ip-adapter/download", json=DOWNLOAD)
+    state = client.get("/ip-adapter/download").json()
+    assert {**state, "done": PROGRESS["done"], "total": PROGRESS["total"]} == PROGRESS
+    client.post("/ip-adapter/download/cancel")
+    hub.gate.set()
+    assert ended(client)["status"] == "cancelled"
+    client.post("/ip-adapter/download", json=DOWNLOAD)
+    state = ended(client)
+    assert (state["status"], state["done"], state["total"]) == ("done", len(DATA), len(DATA)), state
+    assert [path.read_bytes() for path in tmp_path.rglob("*.safetensors")] == [DATA]
+
+
+def ended(client: Client) -> dict[str, Any]:
+    """The state when the download is over."""
+    pause = threading.Event()
+    for _ in range(600):
+        state: dict[str, Any] = client.get("/ip-adapter/download").json()
+        if state["status"] != "running":
+            return state
+        pause.wait(0.05)
+    raise AssertionError(f"The download doesn't end: {state}")

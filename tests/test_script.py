@@ -23,12 +23,16 @@ PACKAGE = "sd_image_prompt"
 UNIT = {"model": "one.safetensors", "images": "data:image/png;base64,iVBORw0KGgo=", "weight": "0.6"}
 
 FAKE_SESSION = """
+from types import SimpleNamespace
+
 from .errors import IPAdapterError
 
 MADE = []
 
 
 class Session:
+    library = SimpleNamespace(listing=lambda: {"adapters": []}, adapter_path=lambda name: None)
+
     def __init__(self, host, kept_bytes):
         self.host, self.kept_bytes, self.calls, self.raising = host, kept_bytes, [], {}
         MADE.append(self)
@@ -130,6 +134,7 @@ class WebUI:
         vars(self.modules["modules.scripts"]).update(Script=StubScript, AlwaysVisible=self.always_visible)
         vars(self.modules["modules.script_callbacks"]).update(
             on_app_started=self._registrar("app_started"),
+            on_before_ui=self._registrar("before_ui"),
             on_ui_settings=self._registrar("ui_settings"),
             on_cfg_denoiser=self._registrar("cfg_denoiser"),
             on_script_unloaded=self._registrar("script_unloaded"),
@@ -167,8 +172,7 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebUI]:
     shutil.copytree(ROOT / "lib_ipadapter", extension / "lib_ipadapter", ignore=ignore)
     shutil.copytree(ROOT / "scripts", extension / "scripts", ignore=ignore)
     (extension / "lib_ipadapter" / "session.py").write_text(FAKE_SESSION, encoding="utf-8")
-    shutil.rmtree(extension / "lib_ipadapter" / "hosts")
-    (extension / "lib_ipadapter" / "hosts.py").write_text(FAKE_HOSTS, encoding="utf-8")
+    (extension / "lib_ipadapter" / "hosts" / "__init__.py").write_text(FAKE_HOSTS, encoding="utf-8")
 
     stub = WebUI(extension)
     for name, module in stub.modules.items():
@@ -223,7 +227,7 @@ def test_ui_gives_the_checkbox_and_ten_empty_slots(script: SimpleNamespace) -> N
 
 def test_ui_called_again_and_again_has_no_side_effects(script: SimpleNamespace) -> None:
     events = [event for event, _ in script.webui.registered]
-    assert events == ["ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
+    assert events == ["before_ui", "ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
     state = dict(vars(script.hooks))
     for call in range(10):
         with gr.Blocks():
@@ -262,10 +266,7 @@ def _host_route() -> list[str]:
     return []
 
 
-def test_the_list_of_models_asks_for_the_login_of_the_hosts_api(
-    script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(type(script.session), "listing", lambda self: {"adapters": []}, raising=False)
+def test_the_list_of_models_asks_for_the_login_of_the_hosts_api(script: SimpleNamespace) -> None:
     app, without_api = FastAPI(), FastAPI()
     app.add_api_route("/sdapi/v1/sd-models", _host_route, dependencies=[Depends(_login)])
     for each in (app, without_api):
@@ -406,7 +407,8 @@ def test_reloading_ejects_the_previous_life(webui: WebUI) -> None:
     assert second.units.EDITED and not hasattr(first.units, "EDITED")
     assert second.session is not first.session and type(second.session) is not type(first.session)
     assert sys.modules.get(f"{PACKAGE}.progress") is not stale
-    assert [event for event, _ in webui.registered] == ["ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
+    events = [event for event, _ in webui.registered]
+    assert events == ["before_ui", "ui_settings", "app_started", "cfg_denoiser", "script_unloaded"]
 
 
 def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(
@@ -420,8 +422,8 @@ def test_a_previous_life_that_cannot_be_closed_does_not_stop_the_next(
 
 
 def test_an_unknown_host_is_declined_with_a_sentence(webui: WebUI, capsys: pytest.CaptureFixture[str]) -> None:
-    (webui.extension / "lib_ipadapter" / "hosts.py").write_text(
-        "from .errors import IPAdapterError\n\ndef detect():\n    raise IPAdapterError('This host is unknown.')\n",
+    (webui.extension / "lib_ipadapter" / "hosts" / "__init__.py").write_text(
+        "from ..errors import IPAdapterError\n\ndef detect():\n    raise IPAdapterError('This host is unknown.')\n",
         encoding="utf-8",
     )
     module = webui.load()
@@ -433,8 +435,7 @@ def test_an_unknown_host_is_declined_with_a_sentence(webui: WebUI, capsys: pytes
 def test_sdnext_is_declined_and_the_script_stays_out_of_sight(
     webui: WebUI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (webui.extension / "lib_ipadapter" / "hosts.py").unlink()
-    shutil.copytree(ROOT / "lib_ipadapter" / "hosts", webui.extension / "lib_ipadapter" / "hosts")
+    shutil.copy(ROOT / "lib_ipadapter" / "hosts" / "__init__.py", webui.extension / "lib_ipadapter" / "hosts")
     for name in ("modules.sd_hijack", "modules.processing_diffusers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     module = webui.load()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lib_ipadapter import uploads
 from lib_ipadapter.errors import IPAdapterError
-from lib_ipadapter.pictures import picture_hash
+from lib_ipadapter.pictures import picture_hash, read_picture
 from lib_ipadapter.uploads import UploadStore
 
 
@@ -121,3 +121,16 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert wrong == []
     with store._lock:
         assert store._bytes == sum(map(len, store._files.values())) <= 5000
+
+
+def test_what_is_kept_is_listed_given_out_and_forgotten() -> None:
+    store = UploadStore()
+    sha256 = store.add(Image.new("RGB", (3, 2), (1, 2, 3)))
+    (listed,) = store.listing()
+    assert listed["sha256"] == sha256 and listed["bytes"] > 0
+    assert picture_hash(read_picture(store.png(sha256))) == sha256
+    assert store.forget(sha256.upper()) and not store.forget(sha256)
+    assert store.listing() == []
+    with pytest.raises(IPAdapterError, match=sha256):
+        store.png(sha256)
+    assert store._bytes == 0

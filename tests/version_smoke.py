@@ -9,6 +9,7 @@ torch, numpy, Pillow, safetensors, gradio and fastapi.
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
 import io
 import json
@@ -146,7 +147,8 @@ def in_a_webui(models: Path) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {
         "scripts": {"Script": Script, "AlwaysVisible": object()},
         "script_callbacks": {
-            f"on_{e}": registrar(e) for e in ("app_started", "cfg_denoiser", "script_unloaded", "ui_settings")
+            f"on_{e}": registrar(e)
+            for e in ("app_started", "before_ui", "cfg_denoiser", "script_unloaded", "ui_settings")
         },
         "ui_components": {"InputAccordion": InputAccordion, "ToolButton": gr.Button},
         "sd_hijack": {},
@@ -171,31 +173,81 @@ def in_a_webui(models: Path) -> dict[str, Any]:
     app = FastAPI()
     app.add_api_route("/sdapi/v1/sd-models", _host_route)  # the host's API, beside which ours stands
     registered["app_started"](blocks, app)
-    return {"modules": under_private_name, "labels": labels, "listed": asyncio.run(get(app, "/ip-adapter/models"))}
+    return {
+        "modules": under_private_name,
+        "labels": labels,
+        "listed": asyncio.run(ask(app, "GET", "/ip-adapter/models")),
+        "asked": routes_asked(app),
+        "with a login": behind_gradios_login(blocks, registered["app_started"]),
+    }
+
+
+def routes_asked(app: Any) -> list[Any]:
+    """Status and the beginning of the answer of every kind of route."""
+    unit = {"model": "base.safetensors", "images": [base64_of(picture())]}
+    return [
+        asyncio.run(ask(app, "POST", "/ip-adapter/check", {"unit": unit, "steps": 4})),
+        asyncio.run(ask(app, "POST", "/ip-adapter/check", {"unit": {**unit, "weight": 9}})),
+        asyncio.run(ask(app, "POST", "/ip-adapter/check", {"unit": unit}, kind=b"text/plain")),
+        asyncio.run(ask(app, "GET", "/ip-adapter/references/1")),
+        asyncio.run(ask(app, "GET", "/ip-adapter/encoders", host=b"a.b")),
+    ]
+
+
+def base64_of(array: np.ndarray[Any, Any]) -> str:
+    """A picture as an API client sends it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def behind_gradios_login(blocks: Any, started: Callable[..., Any]) -> list[int]:
+    """Statuses of a route of ours in gradio's own app with a login: without it, with a wrong one, with it."""
+    from gradio.routes import App
+
+    app = App.create_app(blocks)
+    app.auth = {"somebody": "secret"}
+    app.tokens["right"] = "somebody"
+    app.add_api_route("/sdapi/v1/sd-models", _host_route)
+    started(blocks, app)
+    names = ["access-token", f"access-token-{getattr(app, 'cookie_id', '')}"]  # of gradio 3, of gradio 4
+    cookies = [b"", *("; ".join(f"{name}={value}" for name in names).encode() for value in ("wrong", "right"))]
+    return [asyncio.run(ask(app, "GET", "/ip-adapter/encoders", cookie=cookie))[0] for cookie in cookies]
 
 
 def _host_route() -> list[str]:
     return []
 
 
-async def get(app: Any, path: str) -> Any:
-    """The JSON that an app answers to GET, without a server and without a client of any version."""
+async def ask(
+    app: Any,
+    method: str,
+    path: str,
+    fields: Any = None,
+    host: bytes = b"127.0.0.1",
+    kind: bytes = b"application/json",
+    cookie: bytes = b"",
+) -> tuple[int, Any]:
+    """Status and JSON that an app answers, without a server and without a client of any version."""
     sent: list[dict[str, Any]] = []
+    body = b"" if fields is None else json.dumps(fields).encode()
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [],
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", host), (b"content-type", kind), (b"cookie", cookie)],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
     }  # fmt: skip
     await app(scope, receive, send)
-    assert sent[0]["status"] == 200, sent
-    return json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
 def main() -> None:

@@ -80,8 +80,12 @@ class Case:
     """Whether the same request without units is drawn too, and must differ."""
 
 
-def xyz_args(values: str) -> ScriptArgs:
-    """Arguments of the X/Y/Z script for an axis of seeds, by the labels of its components."""
+def xyz_args(values: str, axis: str = "Seed", **others: Any) -> ScriptArgs:
+    """Arguments of the X/Y/Z script for one axis, by the labels of its components.
+
+    Args:
+        others: values of further components, by the beginning of their labels in lower case with ``_`` for spaces.
+    """
 
     def args(server: Server) -> list[Any]:
         infos = server.call("/sdapi/v1/script-info")[1]
@@ -90,7 +94,9 @@ def xyz_args(values: str) -> ScriptArgs:
         for each in info["args"]:
             value = each["value"]
             if (each["label"] or "").endswith(" type"):  # sent by number
-                value = each["choices"].index("Seed") if each["label"] == "X type" else 0
+                value = each["choices"].index(axis) if each["label"] == "X type" else 0
+            name = (each["label"] or "").lower().replace(" ", "_")
+            value = next((others[other] for other in others if name.startswith(other)), value)
             given.append(values if each["label"] == "X values" and each["choices"] is None else value)
         return given
 

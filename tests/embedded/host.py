@@ -94,6 +94,7 @@ class Host:
         self.queue_lock = threading.RLock()
         self.unet_calls: list[UNetCall] = []
         self.basedir: str | None = None
+        self.scripts_data: list[loader.ScriptClassData] = []
         self._running: list[Any] = []
         self._server: Server | None = None
         self._modules: dict[str, ModuleType] = {}
@@ -127,7 +128,8 @@ class Host:
             self.basedir = folder
 
         self.callbacks.clear()
-        classes = loader.load_scripts(self.extensions, self.reports, set_basedir)
+        classes = self.scripts_data
+        loader.load_scripts(self.extensions, self.reports, set_basedir, classes)
         for tab, runner in self.runners.items():
             runner.initialize_scripts(tab == "img2img", classes)
         self.callbacks.run("ui_settings")

@@ -75,18 +75,22 @@ def command_line_options(
 
 
 def load_scripts(
-    extensions: Sequence[Extension], reports: Reports, set_basedir: Callable[[str | None], None]
-) -> list[ScriptClassData]:
+    extensions: Sequence[Extension],
+    reports: Reports,
+    set_basedir: Callable[[str | None], None],
+    found: list[ScriptClassData],
+) -> None:
     """Load ``scripts/*.py`` of all extensions; every Script subclass in a file's namespace counts, imported ones too.
 
     All extension roots go on ``sys.path`` before the first script runs and stay there. A script that raises is
-    reported and left out. ``set_basedir`` is told whose turn it is (``modules.scripts.basedir()``).
+    reported and left out. ``set_basedir`` is told whose turn it is (``modules.scripts.basedir()``). ``found`` is filled
+    as they are loaded: a script sees those before it (``modules.scripts.scripts_data``).
     """
     files = [f for e in extensions for f in e.list_files("scripts", ".py")]
     for file in files:
         if file.basedir not in sys.path:
             sys.path.insert(0, file.basedir)
-    found = []
+    found.clear()
     for file in files:
         before = sys.path
         try:
@@ -101,4 +105,3 @@ def load_scripts(
         finally:
             sys.path = before
             set_basedir(None)
-    return found

@@ -108,6 +108,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
         "modules.scripts": {
             **script_names,
             "basedir": lambda: host.basedir or root,
+            "scripts_data": host.scripts_data,
             "scripts_txt2img": runners["txt2img"],
             "scripts_img2img": runners["img2img"],
             "ScriptRunner": type(runners["txt2img"]),
