@@ -167,7 +167,9 @@ var ipAdapter = (() => {
             if (!card) place.append((card = makeCard(unit, index)));
             const answer = known[keyOf(entry, preparation)];
             const image = card.querySelector("img");
-            if (answer && answer.uri && image.src !== answer.uri) image.src = answer.uri;
+            if (answer && answer.uri) {
+                if (image.src !== answer.uri) image.src = answer.uri;
+            } else if (answer) image.removeAttribute("src");
             image.alt = answer && answer.problem ? answer.problem : `Picture ${index + 1} as the encoder sees it`;
             card.querySelector(".ip-adapter-problem").textContent = (answer && answer.problem) || "";
             const weight = card.querySelector(".ip-adapter-weight");

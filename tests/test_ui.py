@@ -71,7 +71,7 @@ def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: An
 
 @pytest.mark.parametrize("preparation", ["crop", "squash", "pad"])
 def test_previews_are_the_encoder_s_input_to_the_bit(files: list[Path], preparation: str) -> None:
-    hashes = json.loads(handlers.keep_files(files)[0])["hashes"]
+    hashes = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
     entries = [{"sha256": hashes[0], "crop": [0.0, 0.5, 2.0]}, {"sha256": hashes[1], "weight": 0.5}, data_uri(files[0])]
     answers = json.loads(handlers.preview(json.dumps(entries), preparation))
     crops = ((0.0, 0.5, 2.0), (0.5, 0.5, 1.0), (0.5, 0.5, 1.0))
@@ -284,20 +284,30 @@ def test_the_arguments_are_the_checkbox_and_ten_hidden_slots(page: SimpleNamespa
 
 
 def test_every_visible_control_writes_its_own_slot_in_the_page(page: SimpleNamespace) -> None:
-    scripts = [event for event in page.events if event["js"]]
-    assert len(scripts) == len(VISIBLE) * len(SETTINGS)
     for number in VISIBLE:
         controls = [page.ids[f"t_unit_{number}_{name}"] for name in SETTINGS]
-        for control in controls:
-            (event,) = [event for event in scripts if (control, "change") in map(tuple, event["targets"])]
-            assert event["js"] == accordion.SLOT_SCRIPT and not event["backend_fn"]
-            assert event["inputs"] == controls
-            assert event["outputs"] == [page.ids[f"t_slot_{number}"]]
+        slot, intent = page.ids[f"t_slot_{number}"], page.ids[f"t_unit_{number}_intent"]
+        writing = [event for event in page.events if event["js"] and slot in event["outputs"]]
+        assert {tuple(target) for event in writing for target in event["targets"]} == {
+            (control, "change") for control in controls
+        }
+        for event in writing:
+            assert f'ipAdapter.write("t_slot_{number}"' in event["js"] and not event["backend_fn"]
+            assert event["inputs"] == [*controls, slot] and event["outputs"] == [slot, intent]
+
+
+def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
+    for number in VISIBLE:
+        controls = [page.ids[f"t_unit_{number}_{name}"] for name in SETTINGS]
+        slot = page.ids[f"t_slot_{number}"]
+        (event,) = [each for each in page.events if each["js"] and (slot, "change") in map(tuple, each["targets"])]
+        assert f'ipAdapter.follow("t_slot_{number}"' in event["js"] and not event["backend_fn"]
+        assert event["inputs"] == [slot, *controls] and event["outputs"] == controls
 
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 5
+    assert len(server) == len(VISIBLE) * 8
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False
@@ -310,7 +320,6 @@ def test_controls_begin_with_the_schema_s_defaults(page: SimpleNamespace) -> Non
         assert shown.pop("hashes") == "" and shown.pop("model") == "one.safetensors"
         assert shown.pop("negative") == "n.safetensors"
         assert shown == {name: getattr(Unit(), name) for name in shown}
-        assert page.props[f"t_unit_{number}_previews"]["format"] == "png"
 
 
 def test_no_files_on_disk_still_make_a_page() -> None:
@@ -329,8 +338,9 @@ def test_refresh_lists_the_files_anew() -> None:
     for number in VISIBLE:
         refresh = ids[f"t_unit_{number}_refresh"]
         (event,) = [each for each in blocks.fns.values() if (refresh, "click") in map(tuple, each.targets)]
-        model, negative = event.fn()
-        assert model["choices"] == ["one", "two"] and negative["choices"] == ["n"]
+        model, negative = event.fn(False)
+        assert model["choices"] == [("one", "one"), ("two", "two")] and negative["choices"] == ["n"]
+        assert ("other (doesn't fit: SDXL)", "other") in event.fn(True)[0]["choices"]
         outputs = [output._id for output in event.outputs]
         assert outputs == [ids[f"t_unit_{number}_model"], ids[f"t_unit_{number}_negative"]]
 
@@ -343,7 +353,7 @@ def test_what_the_chosen_adapter_is_stands_below_it(page: SimpleNamespace) -> No
         assert [tuple(target) for target in event.targets] == [(model, "change")]
         assert [each._id for each in event.inputs] == [model]
         assert "&lt;zwei é.bin&gt; · plus" in event.fn("zwei é.bin")
-        assert event.fn(None) == event.fn("gone.bin") == ""
+        assert event.fn(None) == "" and "no model gone.bin here" in event.fn("gone.bin")
 
 
 def test_gradio_serves_the_page(page: SimpleNamespace) -> None:
@@ -354,3 +364,25 @@ def test_gradio_serves_the_page(page: SimpleNamespace) -> None:
     with opener.open(f"{url}config", timeout=30) as answer:
         served = {each["props"].get("elem_id") for each in json.load(answer)["components"]}
     assert set(page.ids) <= served
+
+
+def test_building_the_page_again_and_again_registers_nothing_twice() -> None:
+    events = []
+    for _ in range(10):
+        blocks, components = build(["one.safetensors"], [])
+        assert len(components) == 1 + UNIT_SLOTS
+        events.append(len(blocks.get_config_file()["dependencies"]))
+    assert len(set(events)) == 1
+
+
+@pytest.mark.parametrize(("shown", "tabs"), [(1, 1), (10, 10), (0, 1), (99, 10)])
+def test_as_many_units_are_shown_as_asked_for(shown: int, tabs: int) -> None:
+    with gr.Blocks() as blocks:
+        made = accordion.build(
+            FileLists(["one"], []), InputAccordion, str, shown=shown, start_with={"weight": 0.5, "timing": "steps"}
+        )
+    props = {each["props"].get("elem_id"): each["props"] for each in blocks.get_config_file()["components"]}
+    assert len(made) == 1 + UNIT_SLOTS
+    assert sum(f"unit_{number}" in props for number in range(1, 12)) == tabs
+    assert props["unit_1_weight"]["value"] == 0.5 and props["unit_1_timing"]["value"] == "steps"
+    assert props["unit_1_intent"].get("value") is None

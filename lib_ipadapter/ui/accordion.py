@@ -162,7 +162,7 @@ def _build_unit(
     with gr.Row():
         enabled = gr.Checkbox(
             label="Use this unit",
-            info="Off keeps its pictures for later.",
+            info="Off keeps all of it.",
             value=default.enabled,
             elem_id=elem_id("enabled"),
             scale=1,
@@ -175,14 +175,14 @@ def _build_unit(
             default.weight,
             step=0.05,
             label="Strength",
-            info="-1 to 2: 0 is off, 1 as trained, negative pushes away.",
+            info="-1 to 2; 0: off, 1: as trained.",
             elem_id=elem_id("weight"),
             scale=4,
         )
     fits = [name for name, values in INTENTS.items() if values == tuple(getattr(default, each) for each in FIELDS)]
     intent = gr.Radio(
         label="Intent",
-        info="Sets strength and what is under Advanced; nothing is chosen once they differ.",
+        info="Sets strength and Advanced.",
         choices=list(INTENTS),
         value=fits[0] if fits else None,
         elem_id=elem_id("intent"),
