@@ -141,9 +141,9 @@ def generate(page: Any) -> bytes:
     """The picture that the page's button makes."""
     for name, value in (("seed", 7), ("width", 64), ("height", 64), ("steps", 2)):
         number(page, f"#txt2img_{name} input[type=number]", value)
-    page.evaluate("() => document.getElementById('html_log_txt2img').replaceChildren()")
+    page.evaluate("() => document.querySelector('#html_log_txt2img .performance')?.setAttribute('data-old', '')")
     page.click("#txt2img_generate")
-    page.wait_for_selector("#html_log_txt2img .performance", state="attached", timeout=60000)
+    page.wait_for_selector("#html_log_txt2img .performance:not([data-old])", state="attached", timeout=12000)
     source = page.wait_for_selector("#txt2img_gallery img").get_attribute("src")
     return bytes(page.request.get(source).body())
 
