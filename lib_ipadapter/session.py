@@ -16,10 +16,11 @@ from typing import Any
 from . import infotext, references
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
+from .hosts.loaded import loaded_unet
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
-from .preparer import PreparedUnit, Preparer
+from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
 from .steps import never_acted
@@ -72,6 +73,22 @@ class Session:
     def adapters(self) -> list[str]:
         """Names of the adapters on disk."""
         return sorted(self._library.adapters(), key=str.lower)
+
+    def choices(self, everything: bool) -> list[tuple[str, str]]:
+        """Label and name of the adapters that fit the loaded checkpoint; of the others too, with the reason.
+
+        While no checkpoint is loaded all are listed.
+        """
+        info = loaded_unet(self._host)
+        chosen, others = [], []
+        for name, kind in sorted(self._library.adapters().items(), key=lambda each: each[0].lower()):
+            try:
+                if info is not None:
+                    check_fit(name, kind, info)
+                chosen.append((name, name))
+            except IPAdapterError:
+                others.append((f"{name} (doesn't fit: {kind.description.partition(' · ')[0]})", name))
+        return chosen + others if everything else chosen
 
     def describe(self, name: str) -> str:
         """What the adapter of this name is, see :attr:`.recognise.AdapterKind.description`; '' if there is none."""

@@ -28,6 +28,10 @@ STORE_MB = "ip_adapter_reference_store_mb"
 HIDE_HASHES = "ip_adapter_hide_hashes"
 SHOW_STRIP = "ip_adapter_show_strip"
 SAVE_REFERENCES = "ip_adapter_save_references"
+UNITS_SHOWN = "ip_adapter_units_shown"
+NEW_WEIGHT = "ip_adapter_new_weight"
+NEW_TIMING = "ip_adapter_new_timing"
+NEW_FORMULATION = "ip_adapter_new_formulation"
 """Keys of our settings."""
 
 
@@ -177,7 +181,15 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         if folder:  # previews go there, and Forge Neo names one that it doesn't make
             with suppress(OSError):  # the page without previews is better than no page
                 os.makedirs(folder, exist_ok=True)
-        components: list[Any] = accordion.build(session, InputAccordion, self.elem_id, ToolButton, downloader)
+        shown = int(getattr(shared.opts, UNITS_SHOWN, accordion.VISIBLE_UNITS))
+        new = {
+            "weight": getattr(shared.opts, NEW_WEIGHT, 1.0),
+            "timing": getattr(shared.opts, NEW_TIMING, units.TIMINGS[0]),
+            "formulation": getattr(shared.opts, NEW_FORMULATION, units.FORMULATIONS[0]),
+        }
+        components: list[Any] = accordion.build(
+            session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
+        )
         self.infotext_fields, self.paste_field_names = _paste_fields(components)
         return components
 
@@ -256,6 +268,30 @@ def _on_ui_settings() -> None:
         HIDE_HASHES: (False, "Leave hashes of references out of infotexts", gradio.Checkbox, {}),
         SHOW_STRIP: (False, "Show the references beside the first result in the gallery", gradio.Checkbox, {}),
         SAVE_REFERENCES: (False, "Save the references beside the file of the first result", gradio.Checkbox, {}),
+        UNITS_SHOWN: (
+            accordion.VISIBLE_UNITS,
+            "Units shown in the page (1 to 10; needs 'Reload UI')",
+            gradio.Slider,
+            {"minimum": 1, "maximum": units.UNIT_SLOTS, "step": 1},
+        ),
+        NEW_WEIGHT: (
+            1.0,
+            "Strength that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Slider,
+            {"minimum": accordion.PAGE_WEIGHTS[0], "maximum": accordion.PAGE_WEIGHTS[1], "step": 0.05},
+        ),
+        NEW_TIMING: (
+            units.TIMINGS[0],
+            "Timing that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Radio,
+            {"choices": list(units.TIMINGS)},
+        ),
+        NEW_FORMULATION: (
+            units.FORMULATIONS[0],
+            "Formulation that a new unit in the page starts with (needs 'Reload UI')",
+            gradio.Radio,
+            {"choices": list(units.FORMULATIONS)},
+        ),
     }
     for key, option in options.items():
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))

@@ -48,6 +48,9 @@ class Session:
     def encoders(self):
         return []
 
+    def choices(self, everything: bool) -> list[tuple[str, str]]:
+        return [(name, name) for name in self.adapters()]
+
     def describe(self, name):
         return ""
 

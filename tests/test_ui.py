@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from PIL import Image
 
 from lib_ipadapter import pictures, references
+from lib_ipadapter.intents import FIELDS, INTENTS
 from lib_ipadapter.ui import handlers
 from lib_ipadapter.units import SCHEMA_VERSION, UNIT_SLOTS, ImageRef, Unit
 from tests.embedded.gradio_compat import gr
@@ -35,6 +38,7 @@ SETTINGS = (
     "uncond",
     "negative",
     "preparation",
+    "timing",
 )
 
 
@@ -55,39 +59,60 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("as_file", [str, lambda path: SimpleNamespace(name=str(path))], ids=["gradio 4", "gradio 3"])
+def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: Any) -> None:
+    text, note = handlers.keep_files([as_file(path) for path in files])
+    again, _ = handlers.keep_files([as_file(path) for path in files])
+    hashes = json.loads(text)["hashes"]
+    assert note == "" and len(hashes) == 2 and hashes == json.loads(again)["hashes"]
+    assert text != again  # or the page would see no change when the same pictures come twice
+    for path, sha256 in zip(files, hashes, strict=True):
+        assert np.array_equal(np.asarray(references.get(sha256)), np.asarray(Image.open(path)))
+
+
 @pytest.mark.parametrize("preparation", ["crop", "squash", "pad"])
-def test_files_are_kept_and_shown_as_the_encoder_sees_them(files: list[Path], as_file: Any, preparation: str) -> None:
-    text, previews, note = handlers.keep_files([as_file(path) for path in files], preparation)
-    hashes = json.loads(text)
-    assert note == "" and len(hashes) == len(previews) == 2
-    for path, sha256, preview in zip(files, hashes, previews, strict=True):
-        picture = Image.open(path)
-        assert np.array_equal(np.asarray(references.get(sha256)), np.asarray(picture))
-        expected = pictures.prepare(picture, preparation)
-        assert preview.size == expected.size == (224, 224)
-        assert np.array_equal(np.asarray(preview), np.asarray(expected))
-    assert [np.asarray(each).tobytes() for each in handlers.preview(text, preparation)[0]] == [
-        np.asarray(each).tobytes() for each in previews
-    ]
+def test_previews_are_the_encoder_s_input_to_the_bit(files: list[Path], preparation: str) -> None:
+    hashes = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    entries = [{"sha256": hashes[0], "crop": [0.0, 0.5, 2.0]}, {"sha256": hashes[1], "weight": 0.5}, data_uri(files[0])]
+    answers = json.loads(handlers.preview(json.dumps(entries), preparation))
+    crops = ((0.0, 0.5, 2.0), (0.5, 0.5, 1.0), (0.5, 0.5, 1.0))
+    for path, crop, answer in zip((*files, files[0]), crops, answers, strict=True):
+        assert answer["preparation"] == preparation
+        shown = pictures.read_picture(answer["uri"])
+        expected = pictures.prepare(Image.open(path), preparation, crop=crop)
+        assert np.array_equal(np.asarray(shown), np.asarray(expected))
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def test_a_picture_sent_by_the_page_is_kept(files: list[Path]) -> None:
+    text, note = handlers.keep_text(data_uri(files[0]))
+    (sha256,) = json.loads(text)["hashes"]
+    assert note == "" and np.array_equal(np.asarray(references.get(sha256)), np.asarray(Image.open(files[0])))
+    text, note = handlers.keep_text("data:image/png;base64,AAAA")
+    assert json.loads(text)["hashes"] == [] and 'role="alert"' in note
 
 
 @pytest.mark.parametrize("nothing", [None, []])
-def test_no_files_clear_the_unit(nothing: Any) -> None:
-    assert handlers.keep_files(nothing, "crop") == ("", [], "")
-    assert handlers.preview("", "crop") == ([], "")
+def test_no_files_add_nothing(nothing: Any) -> None:
+    text, note = handlers.keep_files(nothing)
+    assert json.loads(text)["hashes"] == [] and note == ""
+    assert json.loads(handlers.keep_text("")[0])["hashes"] == []
+    assert handlers.preview("", "crop") == handlers.preview(None, "crop") == "[]"
 
 
 def test_a_file_that_is_no_picture_keeps_none_and_is_named(files: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken <b>.png"
     broken.write_bytes(files[0].read_bytes()[:60])
-    text, previews, note = handlers.keep_files([str(files[1]), str(broken)], "crop")
-    assert (text, previews) == ("", [])
+    text, note = handlers.keep_files([str(files[1]), str(broken)])
+    assert json.loads(text)["hashes"] == []
     assert "broken &lt;b&gt;.png: " in note and "<b>" not in note and str(tmp_path) not in note
 
 
 def test_a_picture_that_is_gone_is_said() -> None:
-    previews, note = handlers.preview(json.dumps(["0" * 64]), "crop")
-    assert previews == [] and "upload it again" in note
+    (answer,) = json.loads(handlers.preview(json.dumps([{"sha256": "0" * 64}]), "crop"))
+    assert "upload it again" in answer["problem"] and "uri" not in answer
 
 
 def test_check_shows_the_sentence_that_a_generation_would_stop_with() -> None:
@@ -97,12 +122,14 @@ def test_check_shows_the_sentence_that_a_generation_would_stop_with() -> None:
     assert "&quot;start&quot; is 0.8 and &quot;stop&quot; is 0.5" in note and 'role="alert"' in note
 
 
-# --- The slot's script
+# --- The slots' script
 
 HASHES = ["a" * 64, "b" * 64]
+IMAGES = [{"sha256": HASHES[0], "weight": 0.5}, {"sha256": HASHES[1], "crop": [0.1, 0.2, 3]}]
+REFS = (ImageRef(sha256=HASHES[0], weight=0.5), ImageRef(sha256=HASHES[1], crop=(0.1, 0.2, 3.0)))
 DEFAULTS: dict[str, Any] = {
     "enabled": True,
-    "hashes": json.dumps(HASHES),
+    "hashes": json.dumps(IMAGES),
     "model": "one.safetensors",
     "weight": 1,
     "start": 0,
@@ -111,70 +138,82 @@ DEFAULTS: dict[str, Any] = {
     "uncond": "auto",
     "negative": "n.safetensors",
     "preparation": "crop",
+    "timing": "noise",
 }
+SCRIPT = Path(__file__).parent.parent / "javascript" / "ip_adapter.js"
 
 
-def test_the_slot_script_takes_the_controls_in_their_order() -> None:
-    (parameters,) = re.findall(r"^\(([^)]*)\) => \{$", accordion.SLOT_SCRIPT, re.MULTILINE)
-    assert tuple(parameters.split(", ")) == tuple(name.replace("hashes", "pictures") for name in SETTINGS)
-    assert f"version: {SCHEMA_VERSION}," in accordion.SLOT_SCRIPT
-    assert not accordion.SLOT_SCRIPT.endswith(";")  # gradio puts it in brackets
-
-
-@pytest.fixture(scope="module")
-def write_slots() -> Any:
-    """Runs the slot script on settings as gradio does: with the slot's old value as one more argument."""
+def in_page(function: str, *calls: list[Any]) -> list[Any]:
+    """What a function of the page's script answers to each of the calls."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-
-    def write(*settings: dict[str, Any]) -> list[str]:
-        rows = [[{**DEFAULTS, **each}[name] for name in SETTINGS] + ["old"] for each in settings]
-        code = f"const write = ({accordion.SLOT_SCRIPT});\nconst rows = {json.dumps(rows)};\n"
-        code += "console.log(JSON.stringify(rows.map((row) => write(...row))));"
-        done = subprocess.run([node, "-e", code], capture_output=True, text=True, encoding="utf-8", check=True)
-        return list(json.loads(done.stdout))
-
-    return write
+    code = f"globalThis.document = {{ addEventListener() {{}} }};\n{SCRIPT.read_text(encoding='utf-8')}\n"
+    code += f"const calls = {json.dumps(calls)};\n"
+    code += f"console.log(JSON.stringify(calls.map((call) => ipAdapter.{function}(...call))));"
+    done = subprocess.run([node, "-e", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    return list(json.loads(done.stdout))
 
 
-def test_slots_hold_what_the_page_shows(write_slots: Any) -> None:
-    images = tuple(ImageRef(sha256=each) for each in HASHES)
+def write_slots(*settings: dict[str, Any], old: str = "") -> list[str]:
+    return in_page("unitText", *([[{**DEFAULTS, **each}[name] for name in SETTINGS], old] for each in settings))
+
+
+def test_the_script_takes_the_controls_in_their_order_and_knows_the_schema_s_defaults() -> None:
+    script = SCRIPT.read_text(encoding="utf-8")
+    (names,) = re.findall(r"const NAMES = (\[.*?\]);", script)
+    assert tuple(json.loads(names)) == tuple(name.replace("hashes", "pictures") for name in SETTINGS)
+    assert f"version: {SCHEMA_VERSION}," in script
+    (shown,) = in_page("shown", [{}])
+    default = Unit()
+    assert dict(zip(SETTINGS, shown, strict=True)) == {
+        name: "" if name == "hashes" else getattr(default, name) for name in SETTINGS
+    }
+
+
+def test_slots_hold_what_the_page_shows() -> None:
+    one = "one.safetensors"
     cases: list[tuple[dict[str, Any], Unit]] = [
-        ({}, Unit(model="one.safetensors", images=images)),
-        ({"hashes": json.dumps(HASHES[:1])}, Unit(model="one.safetensors", images=images[:1])),
-        ({"model": None}, Unit(images=images)),
-        ({"model": 'é"\\ ü.bin'}, Unit(model='é"\\ ü.bin', images=images)),
+        ({}, Unit(model=one, images=REFS)),
+        ({"hashes": json.dumps(IMAGES[:1])}, Unit(model=one, images=REFS[:1])),
+        ({"model": None}, Unit(images=REFS)),
+        ({"model": 'é"\\ ü.bin'}, Unit(model='é"\\ ü.bin', images=REFS)),
         (
             {"weight": -0.35, "start": 0.1, "stop": 0.75, "formulation": "joint", "preparation": "pad"},
-            Unit(True, "one.safetensors", images, -0.35, 0.1, 0.75, "joint", preparation="pad"),
+            Unit(True, one, REFS, -0.35, 0.1, 0.75, "joint", preparation="pad"),
         ),
-        ({"uncond": "none"}, Unit(model="one.safetensors", images=images, uncond="none")),
-        (
-            {"uncond": "file"},
-            Unit(model="one.safetensors", images=images, uncond="file", negative="n.safetensors"),
-        ),
+        ({"uncond": "none", "timing": "steps"}, Unit(model=one, images=REFS, uncond="none", timing="steps")),
+        ({"uncond": "file"}, Unit(model=one, images=REFS, uncond="file", negative="n.safetensors")),
+        ({"enabled": False}, Unit(enabled=False, model=one, images=REFS)),  # it keeps what it had
     ]
     slots = write_slots(*(settings for settings, _ in cases))
     assert [Unit.from_json(slot) for slot in slots] == [unit for _, unit in cases]
     assert max(map(len, slots)) < 1000
 
 
-def test_slots_are_empty_when_a_unit_is_off_or_has_no_picture(write_slots: Any) -> None:
-    off = [
-        {"enabled": False},
-        {"hashes": ""},
-        {"hashes": "[]"},
-        {"hashes": None},
-        {"enabled": False, "hashes": ""},
-    ]
-    assert write_slots(*off) == [""] * len(off)
+def test_slots_are_empty_when_a_unit_has_no_picture() -> None:
+    without = [{"hashes": ""}, {"hashes": "[]"}, {"hashes": None}, {"enabled": False, "hashes": ""}]
+    assert write_slots(*without) == [""] * len(without)
 
 
-def test_slots_hold_bad_settings_too_so_that_the_job_stops(write_slots: Any) -> None:
-    bad = [{"start": 0.8, "stop": 0.5}, {"weight": None}, {"uncond": "file", "negative": None}]
-    for slot in write_slots(*bad):
+def test_slots_hold_bad_settings_too_so_that_the_job_stops() -> None:
+    for slot in write_slots({"start": 0.8, "stop": 0.5}, {"weight": None}, {"uncond": "file", "negative": None}):
         assert handlers.check(slot) != ""
+
+
+def test_what_a_control_can_t_show_stays_in_the_slot() -> None:
+    unit = Unit(model="gone.bin", images=REFS, weight=3.5, uncond="none")
+    (shown,) = in_page("shown", [json.loads(unit.to_json())])
+    controls = dict(zip(SETTINGS, shown, strict=True))
+    assert controls["weight"] == 2 and controls["model"] == "gone.bin" and json.loads(controls["hashes"]) == IMAGES
+    same, moved = write_slots(controls, {**controls, "start": 0.2}, old=unit.to_json())
+    assert same == unit.to_json()  # no loop: what only mirrors the slot writes nothing
+    assert Unit.from_json(moved) == replace(unit, start=0.2)
+
+
+def test_intents_are_what_the_schema_allows_and_differ() -> None:
+    units = [Unit(**dict(zip(FIELDS, values, strict=True))) for values in INTENTS.values()]
+    assert units[0] == Unit() and len(set(map(Unit.to_json, units))) == len(INTENTS)
 
 
 # --- The page
@@ -186,6 +225,10 @@ class FileLists:
 
     def adapters(self) -> list[str]:
         return self._adapters
+
+    def choices(self, everything: bool) -> list[tuple[str, str]]:
+        more = [("other (doesn't fit: SDXL)", "other")] if everything else []
+        return [(name, name) for name in self._adapters] + more
 
     def describe(self, name: str) -> str:
         return f"<{name}> · plus" if name in self._adapters else ""
@@ -241,20 +284,30 @@ def test_the_arguments_are_the_checkbox_and_ten_hidden_slots(page: SimpleNamespa
 
 
 def test_every_visible_control_writes_its_own_slot_in_the_page(page: SimpleNamespace) -> None:
-    scripts = [event for event in page.events if event["js"]]
-    assert len(scripts) == len(VISIBLE) * len(SETTINGS)
     for number in VISIBLE:
         controls = [page.ids[f"t_unit_{number}_{name}"] for name in SETTINGS]
-        for control in controls:
-            (event,) = [event for event in scripts if (control, "change") in map(tuple, event["targets"])]
-            assert event["js"] == accordion.SLOT_SCRIPT and not event["backend_fn"]
-            assert event["inputs"] == controls
-            assert event["outputs"] == [page.ids[f"t_slot_{number}"]]
+        slot, intent = page.ids[f"t_slot_{number}"], page.ids[f"t_unit_{number}_intent"]
+        writing = [event for event in page.events if event["js"] and slot in event["outputs"]]
+        assert {tuple(target) for event in writing for target in event["targets"]} == {
+            (control, "change") for control in controls
+        }
+        for event in writing:
+            assert f'ipAdapter.write("t_slot_{number}"' in event["js"] and not event["backend_fn"]
+            assert event["inputs"] == [*controls, slot] and event["outputs"] == [slot, intent]
+
+
+def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
+    for number in VISIBLE:
+        controls = [page.ids[f"t_unit_{number}_{name}"] for name in SETTINGS]
+        slot = page.ids[f"t_slot_{number}"]
+        (event,) = [each for each in page.events if each["js"] and (slot, "change") in map(tuple, each["targets"])]
+        assert f'ipAdapter.follow("t_slot_{number}"' in event["js"] and not event["backend_fn"]
+        assert event["inputs"] == [slot, *controls] and event["outputs"] == controls
 
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 5
+    assert len(server) == len(VISIBLE) * 8
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False
@@ -267,7 +320,6 @@ def test_controls_begin_with_the_schema_s_defaults(page: SimpleNamespace) -> Non
         assert shown.pop("hashes") == "" and shown.pop("model") == "one.safetensors"
         assert shown.pop("negative") == "n.safetensors"
         assert shown == {name: getattr(Unit(), name) for name in shown}
-        assert page.props[f"t_unit_{number}_previews"]["format"] == "png"
 
 
 def test_no_files_on_disk_still_make_a_page() -> None:
@@ -286,8 +338,9 @@ def test_refresh_lists_the_files_anew() -> None:
     for number in VISIBLE:
         refresh = ids[f"t_unit_{number}_refresh"]
         (event,) = [each for each in blocks.fns.values() if (refresh, "click") in map(tuple, each.targets)]
-        model, negative = event.fn()
-        assert model["choices"] == ["one", "two"] and negative["choices"] == ["n"]
+        model, negative = event.fn(False)
+        assert model["choices"] == [("one", "one"), ("two", "two")] and negative["choices"] == ["n"]
+        assert ("other (doesn't fit: SDXL)", "other") in event.fn(True)[0]["choices"]
         outputs = [output._id for output in event.outputs]
         assert outputs == [ids[f"t_unit_{number}_model"], ids[f"t_unit_{number}_negative"]]
 
@@ -300,7 +353,7 @@ def test_what_the_chosen_adapter_is_stands_below_it(page: SimpleNamespace) -> No
         assert [tuple(target) for target in event.targets] == [(model, "change")]
         assert [each._id for each in event.inputs] == [model]
         assert "&lt;zwei é.bin&gt; · plus" in event.fn("zwei é.bin")
-        assert event.fn(None) == event.fn("gone.bin") == ""
+        assert event.fn(None) == "" and "no model gone.bin here" in event.fn("gone.bin")
 
 
 def test_gradio_serves_the_page(page: SimpleNamespace) -> None:
@@ -311,3 +364,25 @@ def test_gradio_serves_the_page(page: SimpleNamespace) -> None:
     with opener.open(f"{url}config", timeout=30) as answer:
         served = {each["props"].get("elem_id") for each in json.load(answer)["components"]}
     assert set(page.ids) <= served
+
+
+def test_building_the_page_again_and_again_registers_nothing_twice() -> None:
+    events = []
+    for _ in range(10):
+        blocks, components = build(["one.safetensors"], [])
+        assert len(components) == 1 + UNIT_SLOTS
+        events.append(len(blocks.get_config_file()["dependencies"]))
+    assert len(set(events)) == 1
+
+
+@pytest.mark.parametrize(("shown", "tabs"), [(1, 1), (10, 10), (0, 1), (99, 10)])
+def test_as_many_units_are_shown_as_asked_for(shown: int, tabs: int) -> None:
+    with gr.Blocks() as blocks:
+        made = accordion.build(
+            FileLists(["one"], []), InputAccordion, str, shown=shown, start_with={"weight": 0.5, "timing": "steps"}
+        )
+    props = {each["props"].get("elem_id"): each["props"] for each in blocks.get_config_file()["components"]}
+    assert len(made) == 1 + UNIT_SLOTS
+    assert sum(f"unit_{number}" in props for number in range(1, 12)) == tabs
+    assert props["unit_1_weight"]["value"] == 0.5 and props["unit_1_timing"]["value"] == "steps"
+    assert props["unit_1_intent"].get("value") is None

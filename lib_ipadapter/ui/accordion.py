@@ -1,20 +1,22 @@
 """The accordion in the txt2img and img2img tabs, for gradio 3.41 and gradio 4.
 
 The script's arguments are its checkbox and ten hidden slots, one unit as JSON in each. The visible controls
-are no arguments: every change of one writes its unit's slot, in the page itself (``slot.js``).
+are no arguments: every change of one writes its unit's slot, in the page itself (``javascript/ip_adapter.js``),
+and when a slot changes from outside, they follow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import gradio as gr
 
-from ..units import FORMULATIONS, PREPARATIONS, UNCONDS, UNIT_SLOTS, Unit
+from ..intents import FIELDS, INTENTS
+from ..units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, Unit
 from . import handlers
 
 TITLE = "IP-Adapter"
@@ -24,14 +26,9 @@ PASTE_NOTE = "paste_note"
 PAGE_WEIGHTS = (-1.0, 2.0)
 """The range of the slider; requests may go further (``units.WEIGHT_RANGE``)."""
 
-SLOT_SCRIPT = Path(__file__).with_name("slot.js").read_text(encoding="utf-8").strip()
-
 # Gradio 4 renamed the argument for code that runs in the page. (Forge accepts both names there.)
 _GRADIO_3 = int(gr.__version__.partition(".")[0]) < 4
 _JS = "_js" if _GRADIO_3 else "js"
-# Previews must be the encoder's input to the bit; gradio 4 would send a lossy format. Gradio 3 always sends
-# PNG.
-_EXACT: dict[str, Any] = {} if _GRADIO_3 else {"format": "png"}
 # Quiet events: no queue (they must not wait behind a generation), no progress bar, no entry in the page's API
 # list.
 _QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
@@ -42,6 +39,9 @@ class FileLists(Protocol):
 
     def adapters(self) -> list[str]:
         """Names of the adapter files."""
+
+    def choices(self, everything: bool) -> list[tuple[str, str]]:
+        """Label and name of the adapters that fit the loaded checkpoint; of the others too, with the reason."""
 
     def describe(self, name: str) -> str:
         """What the adapter of this name is, in words; '' if there is none."""
@@ -72,6 +72,8 @@ def build(
     elem_id: Callable[[str], str],
     tool_button: Callable[..., Any] = gr.Button,
     downloads: Downloads | None = None,
+    shown: int = VISIBLE_UNITS,
+    start_with: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Build the accordion in the gradio context at hand and return the script's argument components.
 
@@ -81,21 +83,32 @@ def build(
         elem_id: makes the id of an element from its local name.
         tool_button: the WebUI's small button.
         downloads: gets models; the page has no 'Get models' without it.
+        shown: how many units have a tab.
+        start_with: what the controls of a new unit begin with where it isn't the schema's default.
 
     Returns:
         The checkbox, then :data:`~lib_ipadapter.units.UNIT_SLOTS` hidden text boxes. Nothing outside them
         remembers the call, which hosts make several times under blocks that they throw away.
     """
-    adapters, negatives = files.adapters(), files.negatives()
+    names, negatives = files.choices(False), files.negatives()
+    default = replace(Unit(), **(start_with or {}))
     accordion = input_accordion(False, label=TITLE, elem_id=elem_id("accordion"))
     with accordion:
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
         paste_note = gr.HTML("", elem_id=elem_id(PASTE_NOTE))
         setattr(accordion, PASTE_NOTE, paste_note)
         with gr.Tabs(elem_id=elem_id("units")):
-            for number, slot in enumerate(slots[:VISIBLE_UNITS], 1):
-                with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}")):
-                    unit = _build_unit(slot, adapters, negatives, partial(_unit_id, elem_id, number), tool_button)
+            for number, slot in enumerate(slots[: min(max(shown, 1), UNIT_SLOTS)], 1):
+                with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}"), elem_classes=["ip-adapter-unit"]):
+                    unit = _build_unit(
+                        slot,
+                        elem_id(f"slot_{number}"),
+                        names,
+                        negatives,
+                        partial(_unit_id, elem_id, number),
+                        tool_button,
+                        default,
+                    )
                     _connect_lists(files, unit)
         if downloads is not None:
             _build_downloads(downloads, elem_id)
@@ -109,6 +122,7 @@ class _Lists:
     """The components of one unit that list files."""
 
     refresh: Any
+    everything: Any
     model: Any
     kind: Any
     negative: Any
@@ -116,82 +130,164 @@ class _Lists:
 
 def _build_unit(
     slot: Any,
-    adapters: list[str],
+    slot_id: str,
+    names: Sequence[tuple[str, str]],
     negatives: list[str],
     elem_id: Callable[[str], str],
     tool_button: Callable[..., Any],
+    default: Unit,
 ) -> _Lists:
-    default = Unit()
     hashes = _hidden("Pictures", elem_id("hashes"))
+    incoming, added, previews = (_hidden(name, elem_id(name)) for name in ("incoming", "added", "previews"))
+    with gr.Row(elem_classes=["ip-adapter-top"]):
+        uploaded = gr.File(
+            label="Add pictures",
+            file_count="multiple",
+            file_types=["image"],
+            elem_id=elem_id("files"),
+            height=130,
+            scale=0,
+            min_width=150,
+        )
+        gr.HTML(f'<div class="ip-adapter-list" id="{elem_id("list")}"></div>', elem_classes=["ip-adapter-pictures"])
+    upload_note = gr.HTML(elem_id=elem_id("upload_note"))
     with gr.Row():
-        enabled = gr.Checkbox(label="Enable", value=default.enabled, elem_id=elem_id("enabled"), scale=1)
         model = gr.Dropdown(
-            label="Adapter",
-            choices=adapters,
-            value=adapters[0] if adapters else None,
+            label="Model",
+            info="Adapters that fit the loaded checkpoint.",
+            choices=list(names),
+            value=names[0][1] if names else None,
+            allow_custom_value=True,  # a pasted name that isn't there stays, and is said to be missing
             elem_id=elem_id("model"),
-            scale=8,
+            scale=5,
         )
         refresh = tool_button(value="\U0001f504", elem_id=elem_id("refresh"), scale=0, min_width=40)
     kind = gr.HTML(elem_id=elem_id("kind"))
     with gr.Row():
-        uploaded = gr.File(
-            label="Pictures", file_count="multiple", file_types=["image"], elem_id=elem_id("files"), scale=1
-        )
-        gallery = gr.Gallery(
-            label="As the image encoder sees them",
-            columns=4,
-            height=240,
-            elem_id=elem_id("previews"),
+        enabled = gr.Checkbox(
+            label="Use this unit",
+            info="Off keeps all of it.",
+            value=default.enabled,
+            elem_id=elem_id("enabled"),
             scale=1,
-            **_EXACT,
+            min_width=140,
         )
-    upload_note = gr.HTML(elem_id=elem_id("upload_note"))
-    with gr.Row():
         low, high = PAGE_WEIGHTS
-        weight = gr.Slider(low, high, default.weight, step=0.05, label="Weight", elem_id=elem_id("weight"))
-        start = gr.Slider(0.0, 1.0, default.start, step=0.01, label="Start", elem_id=elem_id("start"))
-        stop = gr.Slider(0.0, 1.0, default.stop, step=0.01, label="Stop", elem_id=elem_id("stop"))
-    with gr.Row():
-        formulation = gr.Radio(
-            label="Formulation",
-            choices=list(FORMULATIONS),
-            value=default.formulation,
-            elem_id=elem_id("formulation"),
+        weight = gr.Slider(
+            low,
+            high,
+            default.weight,
+            step=0.05,
+            label="Strength",
+            info="-1 to 2; 0: off, 1: as trained.",
+            elem_id=elem_id("weight"),
+            scale=4,
         )
-        preparation = gr.Radio(
-            label="Preparation",
-            choices=list(PREPARATIONS),
-            value=default.preparation,
-            elem_id=elem_id("preparation"),
+    fits = [name for name, values in INTENTS.items() if values == tuple(getattr(default, each) for each in FIELDS)]
+    intent = gr.Radio(
+        label="Intent",
+        info="Sets strength and Advanced.",
+        choices=list(INTENTS),
+        value=fits[0] if fits else None,
+        elem_id=elem_id("intent"),
+    )
+    with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
+        with gr.Row():
+            start = gr.Slider(
+                0.0,
+                1.0,
+                default.start,
+                step=0.01,
+                label="Start",
+                info="0 (pure noise) to 1 (done).",
+                elem_id=elem_id("start"),
+            )
+            stop = gr.Slider(
+                0.0,
+                1.0,
+                default.stop,
+                step=0.01,
+                label="Stop",
+                info="Behind start; after it the prompt goes on alone.",
+                elem_id=elem_id("stop"),
+            )
+        gr.HTML(f'<div class="ip-adapter-remark" id="{elem_id("steps")}"></div>')
+        timing = gr.Radio(
+            label="Timing",
+            info="What start and stop are parts of: the noise schedule, or the steps of a pass.",
+            choices=list(TIMINGS),
+            value=default.timing,
+            elem_id=elem_id("timing"),
         )
-    with gr.Row():
-        uncond = gr.Dropdown(label="Uncond", choices=list(UNCONDS), value=default.uncond, elem_id=elem_id("uncond"))
-        negative = gr.Dropdown(
-            label="Negative file (used when uncond is “file”)",
-            choices=negatives,
-            value=negatives[0] if negatives else None,
-            elem_id=elem_id("negative"),
+        with gr.Row():
+            formulation = gr.Radio(
+                label="Formulation",
+                info="Joint: one attention with the text; decoupled: its own, added; auto: by the model.",
+                choices=list(FORMULATIONS),
+                value=default.formulation,
+                elem_id=elem_id("formulation"),
+            )
+            preparation = gr.Radio(
+                label="Preparation",
+                info="How a picture becomes the encoder's square.",
+                choices=list(PREPARATIONS),
+                value=default.preparation,
+                elem_id=elem_id("preparation"),
+            )
+        with gr.Row():
+            uncond = gr.Dropdown(
+                label="Uncond",
+                info="What the negative side gets in place of the picture.",
+                choices=list(UNCONDS),
+                value=default.uncond,
+                elem_id=elem_id("uncond"),
+            )
+            negative = gr.Dropdown(
+                label="Negative file",
+                info="The file of image tokens for the negative side.",
+                choices=negatives,
+                value=negatives[0] if negatives else None,
+                allow_custom_value=True,
+                elem_id=elem_id("negative"),
+            )
+        everything = gr.Checkbox(
+            label="Show all models",
+            info="Also those that don't fit the loaded checkpoint.",
+            value=False,
+            elem_id=elem_id("everything"),
         )
     slot_note = gr.HTML(elem_id=elem_id("note"))
 
-    # In the order of slot.js's parameters.
-    controls = [enabled, hashes, model, weight, start, stop, formulation, uncond, negative, preparation]
+    # In the order of NAMES in javascript/ip_adapter.js.
+    controls = [enabled, hashes, model, weight, start, stop, formulation, uncond, negative, preparation, timing]
+    own = json.dumps(slot_id)
+    script = f"(...args) => ipAdapter.write({own}, {json.dumps(INTENTS)}, args)"
     for control in controls:
+        control.change(fn=None, inputs=[*controls, slot], outputs=[slot, intent], **_QUIET, **{_JS: script})
+    for each in (*controls, uploaded, intent, everything):
         # The labels are too common to be keys in the host's file of saved defaults.
-        control.do_not_save_to_config = True
-        control.change(fn=None, inputs=controls, outputs=[slot], **_QUIET, **{_JS: SLOT_SCRIPT})
-    uploaded.do_not_save_to_config = True
+        each.do_not_save_to_config = True
+    follow = f"(slot, ...controls) => ipAdapter.follow({own}, slot, controls.slice(0, {len(controls)}))"
+    slot.change(fn=None, inputs=[slot, *controls], outputs=controls, **_QUIET, **{_JS: follow})
+    choose = f"(intent, ...now) => ({json.dumps(INTENTS)})[intent] || now.slice(0, {len(FIELDS)})"
+    fields = [weight, start, stop, formulation, uncond, preparation]
+    intent.input(fn=None, inputs=[intent, *fields], outputs=fields, **_QUIET, **{_JS: choose})
 
-    uploaded.change(
-        fn=handlers.keep_files,
-        inputs=[uploaded, preparation],
-        outputs=[hashes, gallery, upload_note],
+    uploaded.upload(
+        fn=lambda files: (*handlers.keep_files(files), None),
+        inputs=[uploaded],
+        outputs=[added, upload_note, uploaded],
         **_QUIET,
     )
-    preparation.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[gallery, upload_note], **_QUIET)
+    incoming.change(fn=handlers.keep_text, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
+    join = f"(text) => ipAdapter.join({own}, text)"
+    added.change(fn=None, inputs=[added], outputs=[], **_QUIET, **{_JS: join})
+    for control in (hashes, preparation):
+        control.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[previews], **_QUIET)
+    draw = f"(text, ...controls) => ipAdapter.previews({own}, text, controls)"
+    previews.change(fn=None, inputs=[previews, *controls], outputs=[], **_QUIET, **{_JS: draw})
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
-    return _Lists(refresh, model, kind, negative)
+    return _Lists(refresh, everything, model, kind, negative)
 
 
 def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> None:
@@ -233,15 +329,18 @@ def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> Non
 
 
 def _connect_lists(files: FileLists, unit: _Lists) -> None:
-    def read() -> tuple[Any, Any]:
-        return gr.update(choices=files.adapters()), gr.update(choices=files.negatives())
+    def read(everything: bool) -> tuple[Any, Any]:
+        return gr.update(choices=files.choices(everything)), gr.update(choices=files.negatives())
 
     def describe(name: str | None) -> str:
+        if name and name not in files.adapters():
+            return handlers.note(f"There is no model {name} here now: choose another, or put it into its folder.")
         return handlers.remark(files.describe(name or ""))
 
     unit.kind.value = describe(unit.model.value)
     unit.model.change(fn=describe, inputs=[unit.model], outputs=[unit.kind], **_QUIET)
-    unit.refresh.click(fn=read, inputs=[], outputs=[unit.model, unit.negative], **_QUIET)
+    for event in (unit.refresh.click, unit.everything.change):
+        event(fn=read, inputs=[unit.everything], outputs=[unit.model, unit.negative], **_QUIET)
 
 
 def _unit_id(elem_id: Callable[[str], str], number: int, name: str) -> str:

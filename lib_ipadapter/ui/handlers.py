@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,20 @@ from PIL.Image import Image
 
 from .. import pictures, references
 from ..errors import IPAdapterError
-from ..units import Unit
+from ..units import ImageRef, Unit
 
 # Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
 
 
-def keep_files(files: Sequence[object] | None, preparation: str) -> tuple[str, list[Image], str]:
-    """Keep uploaded picture files and show what the image encoder will see of them.
+def keep_files(files: Sequence[object] | None) -> tuple[str, str]:
+    """Keep uploaded picture files.
 
     Args:
         files: what gradio's file component hands over: paths (gradio 4), or objects with the path in ``name``
-        (3). preparation: one of ``units.PREPARATIONS``.
+            (3).
 
     Returns:
-        The hashes as a JSON list ('' for none), the prepared pictures, and a note. If one file is no picture,
+        What joins the unit's pictures, as JSON (see :func:`_added`), and a note. If one file is no picture,
         none is kept and the note names it: a unit never acts with fewer pictures than it was given.
     """
     hashes = []
@@ -35,20 +38,53 @@ def keep_files(files: Sequence[object] | None, preparation: str) -> tuple[str, l
         try:
             hashes.append(references.add(pictures.read_picture(path)))
         except IPAdapterError as error:
-            return "", [], note(f"{os.path.basename(path)}: {error}")
-    if not hashes:
-        return "", [], ""
-    text = json.dumps(hashes)
-    return text, *preview(text, preparation)
+            return _added([]), note(f"{os.path.basename(path)}: {error}")
+    return _added(hashes), ""
 
 
-def preview(hashes: str, preparation: str) -> tuple[list[Image], str]:
-    """The encoder's exact inputs for uploaded pictures (a JSON list of hashes, '' for none), and a note."""
+def keep_text(text: str | None) -> tuple[str, str]:
+    """Keep a picture that the page sent as a data URI; returns as :func:`keep_files`."""
+    if not text:
+        return _added([]), ""
     try:
-        kept = [references.get(sha256) for sha256 in (json.loads(hashes) if hashes else ())]
-        return [pictures.prepare(picture, preparation) for picture in kept], ""
+        return _added([references.add(pictures.read_picture(text))]), ""
     except IPAdapterError as error:
-        return [], note(str(error))
+        return _added([]), note(str(error))
+
+
+def _added(hashes: list[str]) -> str:
+    """Hashes for the page, in a text that no earlier answer had: the same picture may come twice."""
+    return json.dumps({"hashes": hashes, "answer": uuid.uuid4().hex})
+
+
+def preview(listed: str | None, preparation: str) -> str:
+    """The encoder's exact inputs for a unit's pictures.
+
+    Args:
+        listed: the unit's ``images`` as JSON, '' for none.
+        preparation: one of ``units.PREPARATIONS``.
+
+    Returns:
+        A JSON list: each picture as asked, with ``uri`` (a PNG, for nothing may be lost) or ``problem``.
+    """
+    answers = []
+    for entry in json.loads(listed) if listed else ():
+        asked: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {"data": entry}
+        asked["preparation"] = preparation
+        try:
+            ref = ImageRef.from_json(entry)
+            picture = references.get(ref.sha256) if ref.sha256 else pictures.read_picture(ref.data)
+            asked["uri"] = _png_uri(pictures.prepare(picture, preparation, crop=ref.crop))
+        except IPAdapterError as error:
+            asked["problem"] = str(error)
+        answers.append(asked)
+    return json.dumps(answers)
+
+
+def _png_uri(picture: Image) -> str:
+    file = BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def check(slot: str) -> str:

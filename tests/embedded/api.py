@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
 from .images import decode_base64_to_image, encode_pil_to_base64
 from .infotext import parse_generation_parameters
@@ -49,9 +49,7 @@ def request_model(name: str, job: type, extra: dict[str, Any]) -> type[BaseModel
     for field in dataclasses.fields(job):
         if field.name not in _HIDDEN:
             fields[field.name] = (_ANNOTATIONS.get(field.name, hints[field.name]), field.default)
-    made: type[BaseModel] = create_model(
-        name, __config__=ConfigDict(extra="ignore"), **fields, **COMMON_FIELDS, **extra
-    )
+    made: type[BaseModel] = create_model(name, **fields, **COMMON_FIELDS, **extra)
     return made
 
 
@@ -173,7 +171,10 @@ class Api:
         """Do one request; the answer's fields ``images`` (base64 PNG), ``parameters`` and ``info`` (JSON text)."""
         host, runner = self.host, self.host.runners[tab]
         request = self.models[tab](**fields)
-        values = {key: getattr(request, key) for key in type(request).model_fields}
+        values = {
+            key: getattr(request, key)
+            for key in getattr(type(request), "model_fields", None) or type(request).__fields__
+        }
         if values["infotext"]:
             raise HTTPException(422, "this small WebUI does not read the field 'infotext': send the values themselves")
         script_args = self._script_args(tab, values)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from . import images
-from .gradio_compat import gr
+from .gradio_compat import GRADIO_3, gr
 from .state import OptionInfo
 
 
@@ -100,10 +100,10 @@ class InputAccordionImpl(gr.Checkbox):
             **kwargs,
         )
         # what gradio makes the component anew from when a function updates it: the checkbox alone
-        self._constructor_args = self._constructor_args[-1:]
-        self.change(
-            fn=None, js=f"(ticked) => {{ inputAccordionChecked('{self.accordion_id}', ticked); }}", inputs=[self]
-        )
+        if not GRADIO_3:
+            self._constructor_args = self._constructor_args[-1:]
+        script = f"(ticked) => {{ inputAccordionChecked('{self.accordion_id}', ticked); }}"
+        self.change(fn=None, inputs=[self], **{"_js" if GRADIO_3 else "js": script})
         self.accordion = gr.Accordion(
             label=label,
             elem_id=self.accordion_id,

@@ -29,8 +29,11 @@ if not hasattr(huggingface_hub, "HfFolder"):
     huggingface_hub.HfFolder = _NoToken
 
 import gradio as gr  # noqa: E402
-from gradio import component_meta  # noqa: E402
 
-component_meta.create_or_modify_pyi = lambda *args, **kwargs: None
+GRADIO_3 = int(gr.__version__.partition(".")[0]) < 4
+if not GRADIO_3:
+    from gradio import component_meta
 
-__all__ = ["gr"]
+    component_meta.create_or_modify_pyi = lambda *args, **kwargs: None
+
+__all__ = ["GRADIO_3", "gr"]

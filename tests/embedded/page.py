@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 
 from .components import plaintext_to_html
-from .gradio_compat import gr
+from .gradio_compat import GRADIO_3, gr
 from .infotext import parse_generation_parameters
 from .jobs import LATENT_UPSCALERS
 from .samplers import SAMPLERS
@@ -47,7 +47,7 @@ class Page:
         self._worker = ThreadPoolExecutor(1)
         with (
             gr.Blocks(
-                title="Embedded host", head=self._head(), css=self._css(), analytics_enabled=False
+                title="Embedded host", css=self._css(), analytics_enabled=False, **self._own_head()
             ) as self.blocks,
             gr.Tabs(elem_id="tabs"),
         ):
@@ -66,6 +66,23 @@ class Page:
         """
         blocked, data = list(self.blocks.blocked_paths), str(self.host.cmd_opts.data_dir)
         gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
+
+    def _own_head(self) -> dict[str, Any]:
+        """Gradio 4 takes what stands in the page's head; gradio 3 doesn't, so its template is given it."""
+        if not GRADIO_3:
+            return {"head": self._head()}
+        from gradio import routes
+
+        made, head = routes.templates.TemplateResponse, self._head()
+
+        def template(*args: Any, **kwargs: Any) -> Any:
+            answer = made(*args, **kwargs)
+            answer.body = answer.body.replace(b"</head>", f"{head}</head>".encode(), 1)
+            answer.init_headers()
+            return answer
+
+        routes.templates.TemplateResponse = template
+        return {}
 
     def _head(self) -> str:
         scripts = [ASSETS / "script.js", *self._files("javascript", ".js", ".mjs")]
@@ -101,7 +118,15 @@ class Page:
         with gr.Row():
             with gr.Column(elem_id=f"{name}_settings"):
                 if name == "img2img":
-                    add("init_images", gr.Image(label="Image", type="pil", sources=["upload"], elem_id="img2img_image"))
+                    add(
+                        "init_images",
+                        gr.Image(
+                            label="Image",
+                            type="pil",
+                            elem_id="img2img_image",
+                            **({} if GRADIO_3 else {"sources": ["upload"]}),
+                        ),
+                    )
                 with gr.Row():
                     choices = [s.name for s in SAMPLERS]
                     add(
@@ -137,7 +162,13 @@ class Page:
                     add("seed", gr.Number(-1, label="Seed", precision=0, elem_id=f"{name}_seed"), "Seed")
                 tab.script_inputs = self.host.runners[name].setup_ui()
             with gr.Column(elem_id=f"{name}_results"):
-                gallery = gr.Gallery(label="Output", elem_id=f"{name}_gallery", columns=4, format="png", height=512)
+                gallery = gr.Gallery(
+                    label="Output",
+                    elem_id=f"{name}_gallery",
+                    columns=4,
+                    height=512,
+                    **({} if GRADIO_3 else {"format": "png"}),
+                )
                 info = gr.Textbox(visible=False, elem_id=f"generation_info_{name}")
                 html_info = gr.HTML(elem_id=f"html_info_{name}", elem_classes=["infotext"])
                 html_log = gr.HTML(elem_id=f"html_log_{name}")

@@ -1,0 +1,356 @@
+/* The page's part. A unit's hidden slot (its JSON) is the truth: the visible controls write it here, in the page, so
+   that it can't be behind what is shown; and when it changes from outside, they follow. */
+"use strict";
+
+var ipAdapter = (() => {
+    const NAMES = ["enabled", "pictures", "model", "weight", "start", "stop", "formulation", "uncond", "negative", "preparation", "timing"];
+    const DEFAULTS = { enabled: true, model: "", weight: 1, start: 0, stop: 1, formulation: "auto", uncond: "auto", negative: "", preparation: "crop", timing: "noise" };
+    const [LOW, HIGH] = [-1, 2];
+    const slots = {};  // by id: the text that was written or followed last
+    const shownPreviews = {};  // by the id of a unit: answers of the server by what was asked
+
+    function parse(text) {
+        try {
+            const value = JSON.parse(text);
+            return value && typeof value === "object" && !Array.isArray(value) ? value : null;
+        } catch {
+            return null;
+        }
+    }
+
+    function list(text) {
+        try {
+            const value = JSON.parse(text || "[]");
+            return Array.isArray(value) ? value : [];
+        } catch {
+            return [];
+        }
+    }
+
+    // What the controls show of a unit. The slider's range is smaller than a request's.
+    function shown(unit) {
+        const full = { ...DEFAULTS, ...unit };
+        full.pictures = Array.isArray(full.images) && full.images.length ? JSON.stringify(full.images) : "";
+        full.weight = Math.min(HIGH, Math.max(LOW, Number(full.weight)));
+        return NAMES.map((name) => full[name]);
+    }
+
+    const alike = (a, b) => a === b || ((a === null || a === undefined || a === "") && (b === null || b === undefined || b === ""));
+
+    // A control changed: the slot's new text. What a control shows of the slot already stays as the slot has it.
+    function unitText(controls, old) {
+        const images = list(controls[1]);
+        const base = parse(old);
+        const before = base ? shown(base) : null;
+        if (before && before.every((value, i) => alike(value, controls[i]))) return old;
+        if (images.length === 0) return "";
+        const unit = { version: 1, ...(base || {}), images };
+        NAMES.forEach((name, i) => {
+            if (name === "pictures" || (before && name in base && alike(before[i], controls[i]))) return;
+            unit[name] = name === "model" || name === "negative" ? controls[i] || "" : controls[i];
+        });
+        if (unit.uncond !== "file") delete unit.negative;
+        return JSON.stringify(unit);
+    }
+
+    function preset(intents, controls) {
+        const values = [3, 4, 5, 6, 7, 9].map((i) => controls[i]);
+        return Object.keys(intents).find((name) => intents[name].every((value, i) => value === values[i])) ?? null;
+    }
+
+    function write(id, intents, args) {
+        const controls = args.slice(0, NAMES.length);
+        const text = unitText(controls, args[NAMES.length] || "");
+        slots[id] = text;
+        refresh(id, controls);
+        return [text, preset(intents, controls)];
+    }
+
+    // The slot changed: what the controls shall show. What this page wrote itself they show already.
+    function follow(id, slot, controls) {
+        if (slots[id] !== undefined && slots[id] === slot) return controls;
+        slots[id] = slot;
+        const unit = parse(slot);
+        let next = controls;
+        if (unit) next = shown(unit);
+        else if (!slot) next = controls.map((value, i) => (i === 1 ? "" : value));
+        refresh(id, next);
+        return next;
+    }
+
+    // --- what is drawn
+
+    const find = (id) => gradioApp().getElementById ? gradioApp().getElementById(id) : document.getElementById(id);
+    const unitId = (slotId) => slotId.replace(/slot_(\d+)$/, "unit_$1_");
+    const prefixOf = (slotId) => slotId.replace(/slot_\d+$/, "");
+
+    function on(text) {
+        const unit = parse(text);
+        return unit !== null && unit.enabled !== false && (unit.images || []).length > 0;
+    }
+
+    function refresh(slotId, controls) {
+        const prefix = prefixOf(slotId);
+        const active = Object.keys(slots).filter((id) => prefixOf(id) === prefix && on(slots[id]));
+        const units = find(prefix + "units");
+        if (units) units.dataset.on = active.map((id) => id.match(/\d+$/)[0]).join(" ");
+        const accordion = find(prefix + "accordion");
+        const wrap = accordion && accordion.querySelector(".label-wrap");
+        if (wrap) {
+            let badge = wrap.querySelector(".ip-adapter-badge");
+            if (!badge) {
+                badge = document.createElement("span");
+                badge.className = "ip-adapter-badge";
+                wrap.insertBefore(badge, wrap.lastElementChild);
+            }
+            badge.textContent = active.length || "";
+            badge.title = `${active.length} active ${active.length === 1 ? "unit" : "units"}`;
+        }
+        if (controls) {
+            const unit = unitId(slotId);
+            const negative = find(unit + "negative");
+            if (negative) negative.classList.toggle("ip-adapter-away", controls[7] !== "file");
+            drawSteps(unit, controls[4], controls[5], controls[10]);
+            drawPictures(unit, controls);
+        }
+    }
+
+    function drawSteps(unit, start, stop, timing) {
+        const line = find(unit + "steps");
+        const field = find((unit.includes("img2img") ? "img2img" : "txt2img") + "_steps")?.querySelector("input");
+        const steps = Math.round(Number(field && field.value));
+        if (!line) return;
+        line.dataset.window = JSON.stringify([start, stop, timing]);
+        const acting = [];
+        for (let i = 0; i < steps; i++) if (i / steps >= start && (i / steps < stop || stop >= 1)) acting.push(i + 1);
+        let text = "No step lies between start and stop.";
+        if (!steps) text = "";
+        else if (acting.length) {
+            const about = timing === "steps" ? "" : "about ";
+            text = `Acts in ${about}steps ${acting[0]} to ${acting[acting.length - 1]} of ${steps}.`;
+        }
+        line.textContent = text;
+    }
+
+    const cropOf = (entry) => (entry && entry.crop) || [0.5, 0.5, 1];
+    const keyOf = (entry, preparation) => JSON.stringify([typeof entry === "string" ? entry : entry.sha256 || entry.data, cropOf(entry), preparation]);
+
+    function setText(id, text) {
+        const box = find(id)?.querySelector("textarea, input");
+        if (!box) return;
+        box.value = text;
+        box.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+
+    const getText = (id) => find(id)?.querySelector("textarea, input")?.value || "";
+
+    function change(unit, edit) {
+        const entries = list(getText(unit + "hashes")).map((each) => (typeof each === "string" ? { data: each } : { ...each }));
+        edit(entries);
+        setText(unit + "hashes", entries.length ? JSON.stringify(entries) : "");
+    }
+
+    function element(tag, className, properties) {
+        return Object.assign(document.createElement(tag), { className }, properties);
+    }
+
+    function drawPictures(unit, controls) {
+        const place = find(unit + "list");
+        if (!place) return;
+        const entries = list(controls[1]);
+        const preparation = controls[9];
+        const known = shownPreviews[unit] || {};
+        place.dataset.preparation = preparation;
+        while (place.children.length > entries.length) place.lastChild.remove();
+        entries.forEach((entry, index) => {
+            let card = place.children[index];
+            if (!card) place.append((card = makeCard(unit, index)));
+            const answer = known[keyOf(entry, preparation)];
+            const image = card.querySelector("img");
+            if (answer && answer.uri) {
+                if (image.src !== answer.uri) image.src = answer.uri;
+            } else if (answer) image.removeAttribute("src");
+            image.alt = answer && answer.problem ? answer.problem : `Picture ${index + 1} as the encoder sees it`;
+            card.querySelector(".ip-adapter-problem").textContent = (answer && answer.problem) || "";
+            const weight = card.querySelector(".ip-adapter-weight");
+            if (document.activeElement !== weight) weight.value = entry.weight ?? 1;
+            card.querySelectorAll("input[type=range]").forEach((slider, i) => {
+                if (document.activeElement !== slider) slider.value = cropOf(entry)[i];
+                slider.disabled = preparation !== "crop";
+            });
+        });
+    }
+
+    function makeCard(unit, index) {
+        const card = element("div", "ip-adapter-card");
+        const image = element("img", "", { draggable: false, title: "Exactly what the image encoder sees. Drag to move the crop." });
+        const edit = (change_) => change(unit, (entries) => change_(entries[index], entries));
+        const crop = (values) => edit((entry) => {
+            entry.crop = values.map((value, i) => Math.min([1, 1, 10][i], Math.max([0, 0, 1][i], Math.round(value * 1000) / 1000)));
+        });
+        let from = null;
+        image.addEventListener("pointerdown", (event) => {
+            if (find(unit + "list").dataset.preparation !== "crop") return;
+            image.setPointerCapture(event.pointerId);
+            from = [event.clientX, event.clientY, ...cropOf(list(getText(unit + "hashes"))[index])];
+        });
+        image.addEventListener("pointerup", (event) => {
+            if (!from) return;
+            const [x, y, left, top, zoom] = from;
+            from = null;
+            if (x !== event.clientX || y !== event.clientY)
+                crop([left - (event.clientX - x) / image.clientWidth / zoom, top - (event.clientY - y) / image.clientHeight / zoom, zoom]);
+        });
+        const row = element("div", "ip-adapter-row");
+        const button = (text, title, action) => {
+            const made = element("button", "ip-adapter-button", { type: "button", textContent: text, title });
+            made.addEventListener("click", action);
+            row.append(made);
+        };
+        const swap = (entries, to) => {
+            if (to >= 0 && to < entries.length) [entries[index], entries[to]] = [entries[to], entries[index]];
+        };
+        button("<", "Move left", () => edit((_, entries) => swap(entries, index - 1)));
+        button(">", "Move right", () => edit((_, entries) => swap(entries, index + 1)));
+        button("Remove", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
+        const weight = element("input", "ip-adapter-weight", { type: "number", min: -5, max: 5, step: 0.05, title: "Weight of this picture, -5 to 5; multiplies the unit's strength" });
+        weight.addEventListener("change", () => edit((entry) => {
+            entry.weight = Math.min(5, Math.max(-5, weight.value === "" ? 1 : Number(weight.value)));
+        }));
+        row.append(weight);
+        const details = element("details", "ip-adapter-crop");
+        details.append(element("summary", "", { textContent: "Crop" }));
+        ["x", "y", "zoom"].forEach((name, i) => {
+            const slider = element("input", "", { type: "range", min: i === 2 ? 1 : 0, max: i === 2 ? 10 : 1, step: 0.01, title: ["Left to right, 0 to 1", "Top to bottom, 0 to 1", "Zoom, 1 to 10"][i] });
+            slider.dataset.crop = name;
+            slider.addEventListener("change", () => crop([...details.querySelectorAll("input")].map((each) => Number(each.value))));
+            details.append(slider);
+        });
+        card.append(image, element("div", "ip-adapter-problem"), row, details);
+        return card;
+    }
+
+    // The server's answers: the encoder's inputs, in the order of the unit's pictures.
+    function previews(slotId, text, controls) {
+        const unit = unitId(slotId);
+        shownPreviews[unit] = Object.fromEntries(list(text).map((each) => [keyOf(each, each.preparation), each]));
+        drawPictures(unit, controls);
+        return [];
+    }
+
+    // Pictures that the server has taken join those of the unit.
+    function join(slotId, text) {
+        const answer = parse(text);
+        if (answer && answer.hashes.length)
+            change(unitId(slotId), (entries) => entries.push(...answer.hashes.map((sha256) => ({ sha256 }))));
+        return [];
+    }
+
+    // --- pictures from elsewhere in the page
+
+    function asDataUri(blob) {
+        return new Promise((done, failed) => {
+            const reader = new FileReader();
+            reader.onload = () => done(reader.result);
+            reader.onerror = () => failed(reader.error);
+            reader.readAsDataURL(blob);
+        });
+    }
+
+    async function give(unit, source) {
+        const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
+        if (blob.type && !blob.type.startsWith("image/")) return;
+        setText(unit + "incoming", "");
+        setText(unit + "incoming", await asDataUri(blob));
+    }
+
+    const prefixIn = (tab) => `script_${tab}_ipadapter_`;
+
+    function firstFree(prefix) {
+        const units = [...gradioApp().querySelectorAll(`[id^="${prefix}unit_"][id$="_list"]`)].map((each) => each.id.replace(/list$/, ""));
+        return units.find((unit) => !getText(unit + "hashes")) || units[units.length - 1];
+    }
+
+    function openTab(tab) {
+        const buttons = [...gradioApp().querySelectorAll("#tabs > .tab-nav > button, #tabs > div > .tab-nav > button")];
+        buttons.find((each) => each.textContent.trim() === tab)?.click();
+        const box = find(prefixIn(tab) + "accordion-visible-checkbox");
+        if (box && !box.checked) box.click();
+        find(prefixIn(tab) + "accordion")?.scrollIntoView({ block: "center" });
+    }
+
+    function send(tab, picture) {
+        if (!picture || !picture.src) return;
+        const unit = firstFree(prefixIn(tab));
+        if (!unit) return;
+        give(unit, picture.src);
+        openTab(tab);
+        const number = Number(unit.match(/unit_(\d+)_$/)[1]);
+        gradioApp().querySelectorAll(`#${prefixIn(tab)}units > .tab-nav > button`)[number - 1]?.click();
+    }
+
+    const selected = (gallery) =>
+        gradioApp().querySelector(`#${gallery} .preview > img, #${gallery} .preview .media-button img, #${gallery} .thumbnail-item.selected img`) ||
+        gradioApp().querySelector(`#${gallery} img`);
+
+    const BUTTONS = [
+        ["txt2img", ["#image_buttons_txt2img .form", "#image_buttons_txt2img", "#txt2img_results"], () => selected("txt2img_gallery")],
+        ["img2img", ["#image_buttons_img2img .form", "#image_buttons_img2img", "#img2img_results"], () => selected("img2img_gallery")],
+        ["img2img", ["#img2img_copy_to_img2img", "#img2img_settings"], () => gradioApp().querySelector("#img2img_image img[src]")],
+        ["txt2img", ["#tab_pnginfo #tab_txt2img", "#tab_pnginfo .image-buttons", "#tab_pnginfo .gradio-row"], () => gradioApp().querySelector("#pnginfo_image img[src]")],
+    ];
+
+    function addButtons() {
+        BUTTONS.forEach(([tab, places, picture], i) => {
+            if (find(`ip_adapter_send_${i}`)) return;
+            const place = places.map((each) => gradioApp().querySelector(each)).find(Boolean);
+            if (!place || !find(prefixIn(tab) + "accordion")) return;
+            const made = element("button", "ip-adapter-send", { type: "button", id: `ip_adapter_send_${i}`, textContent: "Send to IP-Adapter", title: "Use the picture as a reference in the first unit without one" });
+            made.addEventListener("click", () => send(tab, picture()));
+            place.append(made);
+        });
+    }
+
+    let pointed = null;  // the unit under the pointer
+
+    const unitAt = (target) => target?.closest?.(".ip-adapter-unit")?.querySelector(".ip-adapter-list")?.id.replace(/list$/, "");
+
+    document.addEventListener("pointerover", (event) => (pointed = unitAt(event.target) || null));
+    document.addEventListener("paste", (event) => {
+        const files = [...(event.clipboardData?.files || [])].filter((file) => file.type.startsWith("image/"));
+        if (!files.length || !pointed) return;
+        event.preventDefault();
+        event.stopPropagation();
+        give(pointed, files[0]);
+    }, true);
+    document.addEventListener("dragover", (event) => {
+        if (unitAt(event.target) && [...event.dataTransfer.types].includes("text/uri-list")) event.preventDefault();
+    });
+    document.addEventListener("drop", (event) => {
+        const unit = unitAt(event.target);
+        const address = event.dataTransfer.getData("text/uri-list").split("\n")[0];
+        if (!unit || !address || event.dataTransfer.files.length) return;
+        event.preventDefault();
+        give(unit, address);
+    });
+    document.addEventListener("input", (event) => {
+        const tab = event.target.closest?.("#txt2img_steps, #img2img_steps")?.id.replace("_steps", "");
+        if (!tab) return;
+        for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
+            drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
+    });
+    if (typeof onUiUpdate === "function") onUiUpdate(addButtons);
+
+
+    if (typeof onUiLoaded === "function")
+        onUiLoaded(() => {
+            for (const each of gradioApp().querySelectorAll(".ip-adapter-list")) {
+                const unit = each.id.replace(/list$/, "");
+                find(unit + "negative")?.classList.add("ip-adapter-away");
+                drawSteps(unit, 0, 1, "noise");
+            }
+            addButtons();
+        });
+
+    return { unitText, shown, write, follow, previews, join };
+})();
