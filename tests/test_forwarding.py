@@ -69,9 +69,10 @@ def forwarding(models: DemoModels, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def worker(models: DemoModels) -> Iterator[str]:
-    """Address of another WebUI with the same models."""
+def worker(models: DemoModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of another WebUI with the same models and a data folder of its own."""
     command = [sys.executable, "-m", "tests.embedded", "--port", "0", "--models", str(models.models_path)]
+    command += ["--data-dir", str(tmp_path_factory.mktemp("data"))]
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -273,5 +273,5 @@ def test_the_first_call_moves_all_layers_of_one_width_together(forbidden_calls: 
     model = patch_model(BareModel(0.1), [(kv, 1.0, 1.0)])
     forbidden_calls.clear()
     meta_unet_call(model, "sd15", [1, 0], 1)
-    # of each width, K and V of both roles to the device; what is weighed there keeps its type, then takes the UNet's
-    assert forbidden_calls == ["to"] * 3 * (4 + 2 + 1)
+    # of each width, K and V of both roles together: they are weighed before
+    assert forbidden_calls == ["to"] * 3
