@@ -235,6 +235,21 @@ def split_arguments(argv: "list[str]") -> "tuple[str, list[str]]":
     return argv[0], argv[1:]
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def browser_commands(programs: "set[str]", is_root: bool) -> "list[list[str]]":
+    """What gets the browser that tests of the page need; nothing where there is one, or none can be had.
+
+    Args:
+        programs: those of BROWSERS and apt-get that are on the path.
+        is_root: whether packages may be installed.
+    """
+    if programs & set(BROWSERS) or "apt-get" not in programs or not is_root:
+        return []
+    return [["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", "chromium"]]
+
+
 def checks(pytest_arguments: "list[str]") -> "list[tuple[str, list[str]]]":
     """Heading and arguments for the environment's Python of each check; pytest is last, so its summary ends it all."""
     return [
@@ -558,9 +573,23 @@ def check_disk(free: int, installs_torch: bool) -> None:
 # the commands
 
 
+def get_browser(environment: "dict[str, str]") -> None:
+    """Installs the browser that tests of the page need, where that can be done; without it they are skipped."""
+    programs = {name for name in (*BROWSERS, "apt-get") if shutil.which(name)}
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    for command in browser_commands(programs, is_root):
+        say(f"\n== {' '.join(command)} ==")
+        if run(command, env={**environment, "DEBIAN_FRONTEND": "noninteractive"}):
+            say("Chromium could not be installed.")
+            return
+    if not any(shutil.which(name) for name in BROWSERS):
+        say("There is no Chromium, so the tests of the page in a browser are skipped: install it to run them.")
+
+
 def run_tests(pytest_arguments: "list[str]") -> int:
     """Runs every check, the later ones also when an earlier one failed; 0 if all passed, else 1."""
     environment = child_environment(dict(os.environ))
+    get_browser(environment)
     failed = []
     for heading, arguments in checks(pytest_arguments):
         say(f"\n== {heading} ==")

@@ -183,6 +183,16 @@ def test_pytest_runs_last_with_the_arguments_given() -> None:
     assert commands[-1][1] == ["-m", "pytest", "-k", "x y"]
 
 
+def test_a_browser_is_installed_only_where_it_can_and_must_be() -> None:
+    assert dev.browser_commands({"chromium", "apt-get"}, True) == []
+    assert dev.browser_commands({"google-chrome"}, True) == []
+    assert dev.browser_commands({"apt-get"}, False) == []
+    assert dev.browser_commands(set(), True) == []
+    commands = dev.browser_commands({"apt-get"}, True)
+    assert [command[:2] for command in commands] == [["apt-get", "update"], ["apt-get", "install"]]
+    assert commands[-1][-1] == "chromium"
+
+
 @pytest.mark.parametrize(("codes", "expected"), [([0, 0, 0, 0, 0], 0), ([1, 0, 0, 0, 0], 1), ([0, 0, 0, 0, 5], 1)])
 def test_all_checks_run_even_when_one_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], codes: list[int], expected: int
@@ -195,6 +205,7 @@ def test_all_checks_run_even_when_one_fails(
         return left.pop(0)
 
     monkeypatch.setattr(dev, "run", run)
+    monkeypatch.setattr(dev, "get_browser", lambda environment: None)
     assert dev.run_tests(["-x"]) == expected
     assert len(seen) == 5
     words = capsys.readouterr().out
