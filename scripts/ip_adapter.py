@@ -146,8 +146,20 @@ class _LastPaste:
         return parsed
 
 
-def _paste_fields(components: list[Any]) -> tuple[list[tuple[Any, Any]], list[str]]:
+def _unseen(slots: list[str], shown: int) -> list[str]:
+    filled = [str(number) for number, slot in enumerate(slots, 1) if slot and number > shown]
+    if not filled:
+        return []
+    return [
+        f"Of the units filled here {', '.join(filled)} have no tab, because {shown} are shown; they act all the same: "
+        "raise Settings, IP-Adapter, Units shown to see them."
+    ]
+
+
+def _paste_fields(components: list[Any], shown: int) -> tuple[list[tuple[Any, Any]], list[str]]:
     """What an infotext fills, and the labels of it: the checkbox, every slot, and the note on what isn't as it was.
+
+    A unit behind those that have a tab acts all the same, so the note says that it is there.
 
     All have a value for every infotext, because a field without one would stay as it was.
     """
@@ -157,7 +169,9 @@ def _paste_fields(components: list[Any]) -> tuple[list[tuple[Any, Any]], list[st
     fields += [(slot, lambda params, n=n: last(params).slots()[n]) for n, slot in enumerate(slots[: units.UNIT_SLOTS])]
     note = getattr(enabled, accordion.PASTE_NOTE, None)
     if note is not None:
-        fields.append((note, lambda params: handlers.notes(last(params).notes)))
+        fields.append(
+            (note, lambda params: handlers.notes([*last(params).notes, *_unseen(last(params).slots(), shown)]))
+        )
     return fields, [f"{infotext.KEY} {number}" for number in range(1, units.UNIT_SLOTS + 1)]
 
 
@@ -190,7 +204,7 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         components: list[Any] = accordion.build(
             session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
         )
-        self.infotext_fields, self.paste_field_names = _paste_fields(components)
+        self.infotext_fields, self.paste_field_names = _paste_fields(components, shown)
         return components
 
     def before_process(self, p: Any, *args: object) -> None:

@@ -63,6 +63,14 @@ def test_a_pasted_infotext_makes_the_same_picture_again(empty: Host) -> None:
     assert again.infotexts == first.infotexts
 
 
+def test_units_without_a_tab_are_said(empty: Host) -> None:
+    four = [unit(weight=0.2), unit("plus", weight=0.2), unit(weight=0.1), unit("plus", weight=0.1)]
+    text = empty.txt2img(**request(*four)).infotexts[0]
+    _, slots, note = pasted(empty, text)
+    assert [bool(slot) for slot in slots] == [True] * 4 + [False] * 6
+    assert "Of the units filled here 4 have no tab, because 3 are shown" in note
+
+
 def test_other_infotexts_switch_us_off(empty: Host) -> None:
     plain = empty.txt2img(**request())
     assert pasted(empty, plain.infotexts[0]) == (False, [""] * 10, "")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import gradio as gr
 
+from ..errors import IPAdapterError
 from ..intents import FIELDS, INTENTS
 from ..units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, Unit
 from . import handlers
@@ -91,7 +93,9 @@ def build(
         remembers the call, which hosts make several times under blocks that they throw away.
     """
     names, negatives = files.choices(False), files.negatives()
-    default = replace(Unit(), **(start_with or {}))
+    default = Unit()
+    with suppress(IPAdapterError):  # a setting that was edited by hand must not cost the page its accordion
+        default = replace(default, **(start_with or {}))
     accordion = input_accordion(False, label=TITLE, elem_id=elem_id("accordion"))
     with accordion:
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
