@@ -213,6 +213,12 @@ var ipAdapter = (() => {
         button("<", "Move left", () => edit((_, entries) => swap(entries, index - 1)));
         button(">", "Move right", () => edit((_, entries) => swap(entries, index + 1)));
         button("Remove", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
+        button("Forget", "Take it out, and delete the copy that is kept of it", () => edit((entry, entries) => {
+            if (!confirm("Delete the copy of this picture? Parameters will not bring it back then.")) return;
+            setText(unit + "forget", "");
+            setText(unit + "forget", entry.sha256 || "");
+            entries.splice(index, 1);
+        }));
         const weight = element("input", "ip-adapter-weight", { type: "number", min: -5, max: 5, step: 0.05, title: "Weight of this picture, -5 to 5; multiplies the unit's strength" });
         weight.addEventListener("change", () => edit((entry) => {
             entry.weight = Math.min(5, Math.max(-5, weight.value === "" ? 1 : Number(weight.value)));

@@ -196,6 +196,25 @@ def test_pictures_are_moved_weighed_cropped_and_removed(page: Any, files: list[s
     has(page, "images", [{**first, "crop": [0.5, 0.5, 2]}])
 
 
+def test_kept_pictures_are_forgotten_when_that_is_confirmed(page: Any, files: list[str]) -> None:
+    upload(page, files, 2)
+    first, second = slot(page)["images"]
+    answers = [False, True, True]
+    page.on("dialog", lambda dialog: dialog.accept() if answers.pop(0) else dialog.dismiss())
+    button = f"{UNIT}list .ip-adapter-card:nth-child(1) [title*=delete]"
+    page.click(button)
+    assert slot(page)["images"] == [first, second]
+    page.click(button)
+    has(page, "images", [second])
+    page.wait_for_selector(f"{UNIT}upload_note :text('The copy is deleted.')")
+    page.click("#script_txt2img_ipadapter_kept .label-wrap")
+    page.click("#script_txt2img_ipadapter_forget_all")
+    page.wait_for_selector("#script_txt2img_ipadapter_forgotten :text('deleted')")
+    page.click("#txt2img_generate")
+    page.wait_for_selector(f"#html_log_txt2img :text('{second['sha256']}')")
+    assert answers == []
+
+
 def test_intents_set_the_fields_and_a_disabled_unit_keeps_its_content(page: Any, files: list[str]) -> None:
     upload(page, files, 2)
     until(page, "() => document.querySelector('.ip-adapter-badge').textContent === '1'")

@@ -94,6 +94,22 @@ def test_a_picture_sent_by_the_page_is_kept(files: list[Path]) -> None:
     assert json.loads(text)["hashes"] == [] and 'role="alert"' in note
 
 
+def test_pictures_are_forgotten_when_asked(files: list[Path]) -> None:
+    first, second = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    assert handlers.forget(None) == handlers.forget("") == handlers.forget_all("") == ""
+    assert "The copy is deleted." in handlers.forget(first)
+    assert "There was no copy of it." in handlers.forget(first)
+    assert not references.has(first) and references.has(second)
+    assert "deleted" in handlers.forget_all("yes")
+    assert not references.has(second) and "0 copies are deleted" in handlers.forget_all("yes")
+
+
+def test_the_page_says_where_pictures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "memory alone" in handlers.kept_line()
+    monkeypatch.setattr(references.default, "rules", lambda: references.Rules(tmp_path))
+    assert f"is kept in {tmp_path.as_posix()}" in handlers.kept_line()
+
+
 @pytest.mark.parametrize("nothing", [None, []])
 def test_no_files_add_nothing(nothing: Any) -> None:
     text, note = handlers.keep_files(nothing)
@@ -307,7 +323,7 @@ def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 8
+    assert len(server) == len(VISIBLE) * 9 + 1
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False

@@ -114,6 +114,7 @@ def build(
                         default,
                     )
                     _connect_lists(files, unit)
+        _build_kept(elem_id)
         if downloads is not None:
             _build_downloads(downloads, elem_id)
     # These positions are the HTTP API: append only. Anything for the script as a whole becomes position 12,
@@ -141,7 +142,7 @@ def _build_unit(
     tool_button: Callable[..., Any],
     default: Unit,
 ) -> _Lists:
-    hashes = _hidden("Pictures", elem_id("hashes"))
+    hashes, forget = _hidden("Pictures", elem_id("hashes")), _hidden("Forget", elem_id("forget"))
     incoming, added, previews = (_hidden(name, elem_id(name)) for name in ("incoming", "added", "previews"))
     with gr.Row(elem_classes=["ip-adapter-top"]):
         uploaded = gr.File(
@@ -284,6 +285,7 @@ def _build_unit(
         **_QUIET,
     )
     incoming.change(fn=handlers.keep_text, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
+    forget.change(fn=handlers.forget, inputs=[forget], outputs=[upload_note], **_QUIET)
     join = f"(text) => ipAdapter.join({own}, text)"
     added.change(fn=None, inputs=[added], outputs=[], **_QUIET, **{_JS: join})
     for control in (hashes, preparation):
@@ -292,6 +294,17 @@ def _build_unit(
     previews.change(fn=None, inputs=[previews, *controls], outputs=[], **_QUIET, **{_JS: draw})
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
     return _Lists(refresh, everything, model, kind, negative)
+
+
+def _build_kept(elem_id: Callable[[str], str]) -> None:
+    """The folded 'Kept pictures'. None of it is an argument of the script."""
+    sure = _hidden("Sure", elem_id("forget_sure"))
+    with gr.Accordion("Kept pictures", open=False, elem_id=elem_id("kept")):
+        gr.HTML(handlers.kept_line())
+        every = gr.Button("Forget all", elem_id=elem_id("forget_all"))
+        said = gr.HTML(elem_id=elem_id("forgotten"))
+    ask = "() => [confirm('Delete the copies of all pictures? Parameters will not bring them back then.') ? 'yes' : '']"
+    every.click(fn=handlers.forget_all, inputs=[sure], outputs=[said], **_QUIET, **{_JS: ask})
 
 
 def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> None:

@@ -87,6 +87,38 @@ def _png_uri(picture: Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def kept_line() -> str:
+    """Where the pictures that a person gives are kept."""
+    folder = references.default.rules().folder
+    if folder is None:
+        return remark("Pictures are kept in the WebUI's memory alone, until it ends.")
+    return remark(
+        f"A copy of every picture that a generation used is kept in {folder.as_posix()}, so that parameters bring it "
+        "back; Settings, IP-Adapter, has the switch and the limit."
+    )
+
+
+def forget(sha256: str | None) -> str:
+    """Deletes the copy of one picture; what came of it, as a note. '' or ``None`` is nobody's wish."""
+    if not sha256:
+        return ""
+    try:
+        return note("The copy is deleted." if references.default.forget(sha256) else "There was no copy of it.")
+    except IPAdapterError as error:
+        return note(str(error))
+
+
+def forget_all(sure: str | None) -> str:
+    """Deletes all copies, if the person said yes; what came of it, as a note."""
+    if not sure:
+        return ""
+    try:
+        count = references.default.forget_all()
+    except IPAdapterError as error:
+        return note(str(error))
+    return note(f"{count} {'copy is' if count == 1 else 'copies are'} deleted.")
+
+
 def check(slot: str) -> str:
     """The sentence that a job with this slot would stop with, as a note; '' if it is fine or unused."""
     if not slot:
