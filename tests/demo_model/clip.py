@@ -21,10 +21,10 @@ class TextSizes:
     """Of the text tower."""
 
     vocabulary: int = 1000
-    width: int = 96
+    width: int = 64
     layers: int = 4
     heads: int = 4
-    mlp: int = 384
+    mlp: int = 256
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ ImageKV = tuple[Tensor, Tensor]
 class UNetSizes:
     """Widths of the UNet; what LDM's configuration calls them stands beside each."""
 
-    channels: int = 64
+    channels: int = 32
     """``model_channels``."""
-    multiples: tuple[int, ...] = (1, 1, 1, 1)
+    multiples: tuple[int, ...] = (2, 2, 2, 2)
     """``channel_mult``."""
     heads: int = 8
     """``num_heads``."""
-    context: int = 96
+    context: int = 64
     """``context_dim``."""
 
     @property
@@ -40,7 +40,11 @@ class UNetSizes:
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm that computes in the input's dtype."""
+    """LDM's group norm.
+
+    It has 32 groups whatever the width. Groups of one channel would take from every channel its mean, and so from a
+    plain picture its colour; therefore no level here is narrower than 64.
+    """
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(GROUPS, channels, eps=eps)

@@ -20,8 +20,8 @@ SCALE = 0.18215
 class VAESizes:
     """Widths, under the names of LDM's configuration."""
 
-    ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2)
+    ch: int = 64
+    ch_mult: tuple[int, ...] = (1, 1, 1, 1)
     num_res_blocks: int = 1
 
 
