@@ -69,4 +69,3 @@ def plus_adapter(unet: UNet, vision: VisionSizes) -> Adapter:
 def weighted(images: list[ImageKV], weight: float) -> list[ImageKV]:
     """The decoupled formulation's weight: that of what is added."""
     return [(k, v * weight) for k, v in images]
-

@@ -96,7 +96,7 @@ def choose_phrases(scenes: Scenes, generator: torch.Generator, full: bool = Fals
         return torch.full((n,), number[text], device=device)
 
     def article(first: Tensor, bare: Tensor) -> Tensor:
-        """"a" or "an" by the word that follows; nothing where ``bare``."""
+        """ "a" or "an" by the word that follows; nothing where ``bare``."""
         return only(~bare, torch.where(first == number["orange"], number["an"], number["a"]))
 
     colours = _table([[c] for c in COLOURS], device)[:, 0]

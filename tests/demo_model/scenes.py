@@ -147,10 +147,8 @@ def sample(count: int, generator: torch.Generator, *, allow_held_out: bool = Fal
     scenes = _draw(count, generator, simple)
     if allow_held_out:
         return scenes
-    # Draw those anew that may not be seen. What is left after many rounds is one in 10^8.
-    for _ in range(12):
-        other = _draw(count, generator, simple)
-        scenes = choose(scenes.is_held_out, other, scenes)
+    while bool((seen := scenes.is_held_out).any()):
+        scenes = choose(seen, _draw(count, generator, simple), scenes)
     return scenes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from .clip import IMAGE_SIZE, at_end, attribute_labels, attribute_loss, normalis
 from .sampling import LATENT, alphas, ddim, guided, held_out_scenes, judged
 from .scenes import Scenes, rearranged, render, sample
 from .store import Store
-from .trainer import Batch, Budget, Trainer, frozen
+from .trainer import Batch, Budget, Trainer, working_copy
 
 PICTURE = 128
 
@@ -40,11 +41,15 @@ class Scale:
     measured: int = 512
     """Pictures behind a figure."""
     shown: int = 64
+    steps: int = 25
+    """Of a picture drawn."""
 
 
 FULL = Scale()
-SMOKE = Scale(4, 2, 4, 4, 4, 8, 16, 16, 2, 4, 4)
+SMOKE = Scale(4, 2, 4, 4, 4, 8, 16, 16, 2, 4, 4, 2)
 """A few pictures of each, to try the code."""
+
+Figures = dict[str, object]
 
 TEXT_DROPPED = 0.1
 """Share of captions that the UNet doesn't see, for guidance."""
@@ -69,7 +74,7 @@ class Run:
         return self.store.device
 
 
-def train_judge(run: Run) -> dict[str, object]:
+def train_judge(run: Run) -> Figures:
     """The classifier that the figures are measured with."""
     store = run.store
 
@@ -80,16 +85,28 @@ def train_judge(run: Run) -> dict[str, object]:
     dtype = next(store.judge.parameters()).dtype
 
     def batches() -> Batch:
-        simple = run.generator.initial_seed() >= 0 and trainer.steps % 2 == 0
-        scenes = sample(run.scale.judge, run.generator, allow_held_out=True, simple=simple)
+        scenes = sample(run.scale.judge, run.generator, allow_held_out=True, simple=trainer.steps % 2 == 0)
         labels, asked = attribute_labels(scenes)
         pictures = _photographed(render(scenes, PICTURE), run.generator)
         return {"pictures": pictures.to(dtype), "labels": labels, "asked": asked}
 
     figures = trainer.run("judge", batches, run.budget)
     trainer.finish()
+    return _with_figures(figures, lambda: _measure_judge(run))
+
+
+def _measure_judge(run: Run) -> Figures:
     scenes = sample(run.scale.measured * 2, run.generator, allow_held_out=True, simple=True)
-    return {"final": figures, "own accuracy": judged(store.judge, render(scenes, PICTURE), scenes)}
+    return {"own accuracy": judged(run.store.judge, render(scenes, PICTURE), scenes)}
+
+
+def _with_figures(final: dict[str, float], measure: Callable[[], Figures]) -> Figures:
+    """A stage's figures. What was trained isn't lost if measuring fails; that is said instead."""
+    try:
+        return {"final": final, **measure()}
+    except Exception as error:
+        traceback.print_exc()
+        return {"final": final, "measuring failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _photographed(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,7 +122,7 @@ def _photographed(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return mixed.clamp(0, 1)
 
 
-def train_vae(run: Run) -> dict[str, object]:
+def train_vae(run: Run) -> Figures:
     """Absolute differences of pixels and of their neighbours', and a trace of the KL divergence."""
     store, vae = run.store, run.store.vae
 
@@ -133,26 +150,38 @@ def train_vae(run: Run) -> dict[str, object]:
 
     figures = trainer.run("vae", batches, run.budget)
     trainer.finish()
-    scenes = sample(max(run.scale.measured, 8), run.generator, allow_held_out=True)
+    if run.budget.done(trainer.steps):
+        _normalise_vae(run)
+    return _with_figures(figures, lambda: _measure_vae(run))
+
+
+@torch.no_grad()
+def _normalise_vae(run: Run) -> None:
+    """Let what the UNet will see have mean 0 and deviation 1 in every channel."""
+    vae = run.store.vae
+    found = []
+    for _ in range(16):
+        scenes = sample(max(run.scale.chunk // 4, 2), run.generator, allow_held_out=True)
+        found.append(vae.moments(render(scenes, PICTURE) * 2 - 1)[0])
+    std, mean = torch.std_mean(torch.cat(found), dim=(0, 2, 3))
+    vae.normalise(mean, std)
+
+
+@torch.no_grad()
+def _measure_vae(run: Run) -> Figures:
+    store = run.store
+    scenes = sample(run.scale.measured, run.generator, allow_held_out=True)
     pictures = render(scenes, PICTURE)
-    chunks = (pictures * 2 - 1).split(run.scale.chunk // 4)
-    with torch.no_grad():
-        if run.budget.share(trainer.steps) >= 1.0:
-            # what the UNet will see has mean 0 and deviation 1 in every channel
-            std, mean = torch.std_mean(torch.cat([vae.moments(part)[0] for part in chunks]), dim=(0, 2, 3))
-            vae.normalise(mean, std)
-        back = torch.cat([vae.decode(vae.encode(part)) for part in chunks]) / 2 + 0.5
-    shown = min(run.scale.shown // 2, len(pictures))
+    parts = (pictures * 2 - 1).split(max(run.scale.chunk // 4, 1))
+    back = torch.cat([store.vae.decode(store.vae.encode(part)) for part in parts]) / 2 + 0.5
+    back = back.clamp(0, 1)
+    shown = run.scale.shown // 2
     store.show("vae", torch.cat([pictures[:shown], back[:shown]]))
-    mse = ((back.clamp(0, 1) - pictures) ** 2).mean()
-    return {
-        "final": figures,
-        "PSNR": round(float(-10 * mse.log10()), 2),
-        "judge after decoding": judged(store.judge, back.clamp(0, 1), scenes),
-    }
+    mse = ((back - pictures) ** 2).mean()
+    return {"PSNR": round(float(-10 * mse.log10()), 2), "judge after decoding": judged(store.judge, back, scenes)}
 
 
-def train_clip(run: Run) -> dict[str, object]:
+def train_clip(run: Run) -> Figures:
     """Both towers by the contrastive loss; heads for the attributes make the image tower learn in minutes."""
     store = run.store
     end = store.tokens.end
@@ -171,7 +200,12 @@ def train_clip(run: Run) -> dict[str, object]:
         # keeps the embedding's size near that of the states, whatever the contrastive loss leaves open
         size = (embeds.float() ** 2).mean()
         total = contrast + heads + 0.5 * patches + 0.01 * (size - 1) ** 2
-        return {"loss": total, "contrast": contrast, "heads": heads, "matched": (logits.argmax(1) == target).float().mean()}
+        return {
+            "loss": total,
+            "contrast": contrast,
+            "heads": heads,
+            "matched": (logits.argmax(1) == target).float().mean(),
+        }
 
     modules = {"vision": store.vision, "text": store.text, "extras": store.extras}
     trainer = Trainer(modules, loss, 1e-3, run.device, decay=0.998, warm_up=300)
@@ -212,19 +246,19 @@ class Bank:
 def make_bank(run: Run, count: int, references: bool) -> Bank:
     """Draw and encode scenes of training; with ``references`` also other pictures of them."""
     store = run.store
-    frozen([store.vae, store.vision], run.device)
-    dtype = next(store.vae.parameters()).dtype
+    vae, vision = (working_copy(m, run.device) for m in (store.vae, store.vision))
+    dtype = next(vae.parameters()).dtype
     parts: dict[str, list[Tensor]] = {"latents": [], "tokens": [], "embeds": [], "penultimate": []}
     for start in range(0, count, run.scale.chunk):
         scenes = sample(min(run.scale.chunk, count - start), run.generator)
         pixels = render(scenes, PICTURE) * 2 - 1
-        parts["latents"].append(store.vae.encode(pixels.to(dtype)))
+        parts["latents"].append(vae.encode(pixels.to(dtype)))
         rows = [store.tokens(choose_phrases(scenes, run.generator)) for _ in range(run.scale.captions)]
         parts["tokens"].append(torch.stack(rows, 1).to(torch.int16))
         if references:
             other = rearranged(scenes, run.generator, MOVED, OTHER_BACKGROUND)
             pictures = _photographed(render(other, IMAGE_SIZE), run.generator)
-            embeds, penultimate = store.vision(normalised(pictures).to(dtype))
+            embeds, penultimate = vision(normalised(pictures).to(dtype))
             parts["embeds"].append(embeds)
             parts["penultimate"].append(penultimate)
     joined = {name: torch.cat(each) for name, each in parts.items() if each}
@@ -261,7 +295,7 @@ def _drawn(run: Run, bank: Bank, count: int, dropped: float) -> Batch:
     return batch
 
 
-def train_unet(run: Run) -> dict[str, object]:
+def train_unet(run: Run) -> Figures:
     """The noise predictor, and the text tower with it."""
     store = run.store
     table, weights = alphas(run.device), _noise_weights(run.device)
@@ -278,19 +312,14 @@ def train_unet(run: Run) -> dict[str, object]:
     )
     figures = trainer.run("unet", lambda: _drawn(run, bank, run.scale.unet, TEXT_DROPPED), run.budget)
     trainer.finish()
-    del bank
-    result: dict[str, object] = {"final": figures}
-    result |= measure_text(run)
-    return result
+    return _with_figures(figures, lambda: measure_text(run))
 
 
 @torch.no_grad()
-def measure_text(run: Run) -> dict[str, object]:
-    """How often the judge sees in a picture what its prompt says; of combinations for training, and of held-out ones."""
+def measure_text(run: Run) -> Figures:
+    """How often the judge sees in a picture what its prompt says: of combinations for training, and of held-out ones."""
     store, count = run.store, run.scale.measured
-    frozen([store.vae, store.unet, store.text], run.device)
-    store.judge.float().eval()
-    result: dict[str, object] = {}
+    result: Figures = {}
     for name, scenes in (
         ("seen", sample(count, run.generator, simple=True)),
         ("held out", held_out_scenes(count, run.generator)),
@@ -308,7 +337,7 @@ def _draw_pictures(run: Run, tokens: Tensor, images: list | None, none: list | N
     context = store.text(tokens)
     uncond = store.text(store.tokens.empty(len(tokens)))
     noise = torch.randn((len(tokens), 4, LATENT, LATENT), generator=run.generator, device=run.device)
-    latents = ddim(guided(store.unet, context, uncond, GUIDANCE, images, none), noise)
+    latents = ddim(guided(store.unet, context, uncond, GUIDANCE, images, none), noise, run.scale.steps)
     dtype = next(store.vae.parameters()).dtype
     parts = [store.vae.decode(part.to(dtype)).float() for part in latents.split(max(1, run.scale.chunk // 4))]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
@@ -317,12 +346,12 @@ def _draw_pictures(run: Run, tokens: Tensor, images: list | None, none: list | N
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def train_base(run: Run) -> dict[str, object]:
+def train_base(run: Run) -> Figures:
     """Four tokens from the projected embedding; no picture is an embedding of zeros."""
     return _train_adapter(run, "base", run.store.base)
 
 
-def train_plus(run: Run) -> dict[str, object]:
+def train_plus(run: Run) -> Figures:
     """Sixteen tokens from the penultimate states; no picture is the states of pixels that are zero."""
     return _train_adapter(run, "plus", run.store.plus)
 
@@ -336,26 +365,26 @@ def _nothing(run: Run, kind: str) -> Tensor:
     return torch.zeros_like(embeds) if kind == "base" else penultimate
 
 
-def _train_adapter(run: Run, kind: str, adapter: Adapter) -> dict[str, object]:
+def _train_adapter(run: Run, kind: str, adapter: Adapter) -> Figures:
     store = run.store
     table, weights = alphas(run.device), _noise_weights(run.device)
     if run.budget.spent == 0.0:
         adapter.begin_with(store.unet)
-    frozen([store.vae, store.vision, store.unet, store.text], run.device)
+    unet, text = (working_copy(m, run.device) for m in (store.unet, store.text))
     bank = make_bank(run, run.scale.pairs, references=True)
-    nothing = _nothing(run, kind)
+    nothing = _nothing(run, kind).to(bank.latents.dtype)
     features = bank.embeds if kind == "base" else bank.penultimate
     assert features is not None
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        out = store.unet(_noisy(batch, table), batch["times"], batch["context"], adapter(batch["features"]))
+        out = unet(_noisy(batch, table), batch["times"], batch["context"], adapter(batch["features"]))
         error = ((out.float() - batch["noise"].float()) ** 2).mean((1, 2, 3))
         return {"loss": (error * weights[batch["times"]]).mean(), "mse": error.mean()}
 
     def batches() -> Batch:
         batch = _drawn(run, bank, run.scale.adapter, ADAPTER_TEXT_DROPPED)
         with torch.no_grad():
-            batch["context"] = store.text(batch.pop("tokens"))
+            batch["context"] = text(batch.pop("tokens"))
         drop = torch.rand(run.scale.adapter, generator=run.generator, device=run.device) < IMAGE_DROPPED
         found = features[batch.pop("rows")]
         batch["features"] = torch.where(drop.view(-1, *[1] * (found.ndim - 1)), nothing, found)
@@ -364,18 +393,13 @@ def _train_adapter(run: Run, kind: str, adapter: Adapter) -> dict[str, object]:
     trainer = Trainer({kind: adapter}, loss, 1e-3, run.device, decay=0.998)
     figures = trainer.run(kind, batches, run.budget)
     trainer.finish()
-    del bank
-    result: dict[str, object] = {"final": figures}
-    result |= measure_reference(run, kind, adapter)
-    return result
+    return _with_figures(figures, lambda: measure_reference(run, kind, adapter))
 
 
 @torch.no_grad()
-def measure_reference(run: Run, kind: str, adapter: Adapter) -> dict[str, object]:
+def measure_reference(run: Run, kind: str, adapter: Adapter) -> Figures:
     """How often a picture drawn without a prompt shows what a held-out reference shows, by weight."""
     store, count = run.store, run.scale.measured
-    frozen([store.vae, store.vision, store.unet, store.text, adapter], run.device)
-    store.judge.float().eval()
     scenes = held_out_scenes(count, run.generator)
     dtype = next(store.vision.parameters()).dtype
     references = render(scenes, IMAGE_SIZE)
@@ -383,7 +407,7 @@ def measure_reference(run: Run, kind: str, adapter: Adapter) -> dict[str, object
     features = torch.cat([part[0 if kind == "base" else 1] for part in said])
     images, none = adapter(features), adapter(_nothing(run, kind))
     tokens = store.tokens.empty(count)
-    result: dict[str, object] = {}
+    result: Figures = {}
     rows = [F.interpolate(references[: run.scale.shown // 4], size=(PICTURE, PICTURE), mode="area")]
     for weight in (0.0, 0.5, 0.75, 1.0, 1.25):
         pictures = _draw_pictures(run, tokens, weighted(images, weight), weighted(none, weight))
@@ -403,7 +427,7 @@ def measure_reference(run: Run, kind: str, adapter: Adapter) -> dict[str, object
     return result
 
 
-STAGES: dict[str, tuple[float, Callable[[Run], dict[str, object]]]] = {
+STAGES: dict[str, tuple[float, Callable[[Run], Figures]]] = {
     "judge": (0.04, train_judge),
     "vae": (0.17, train_vae),
     "clip": (0.14, train_clip),

@@ -104,7 +104,9 @@ class Store:
         (self.folder / REPORT).write_text(text, encoding="utf-8")
         if self.sheets:
             width = max(s.shape[2] for s in self.sheets.values())
-            padded = [torch.nn.functional.pad(s, (0, width - s.shape[2], 0, 8), value=1.0) for s in self.sheets.values()]
+            padded = [
+                torch.nn.functional.pad(s, (0, width - s.shape[2], 0, 8), value=1.0) for s in self.sheets.values()
+            ]
             save_png(torch.cat(padded, 1), self.folder / SAMPLES)
 
     def show(self, name: str, pictures: Tensor, columns: int = 16) -> None:

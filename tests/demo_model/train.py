@@ -15,11 +15,14 @@ from pathlib import Path
 
 import torch
 
+from . import trainer
 from .stages import FULL, SMOKE, STAGES, Run
 from .store import Store
 from .trainer import Budget
 
-SAVING = 12.0
+STARTING = 40.0
+"""Seconds that must be left for a stage to be begun."""
+SAVING = 15.0
 """Seconds before the end of a call in which figures are measured and files written."""
 
 
@@ -36,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage with a few pictures")
+    parser.add_argument("--bfloat16", action="store_true", help="compute on a CPU as on a GPU")
     parser.add_argument("--steps", type=int, default=None, help="end each stage after so many steps")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    trainer.everywhere_bfloat16 = args.bfloat16
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -54,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for number, (name, (share, function)) in enumerate(STAGES.items()):
         known = store.stage(name)
-        if known["done"] or name not in args.only or time.monotonic() >= until:
+        # a stage takes some time before its first step
+        too_late = time.monotonic() >= until - (0 if args.smoke else STARTING)
+        if known["done"] or name not in args.only or too_late:
             continue
         generator = torch.Generator(device).manual_seed(args.seed * 1000 + calls * 100 + number)
         steps = args.steps if args.steps is not None else 8 if args.smoke else None
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = {part: {k: v.clone() for k, v in m.state_dict().items()} for part, m in store.modules().items()}
         try:
             known["figures"] = function(Run(store, SMOKE if args.smoke else FULL, generator, budget))
-            known["done"] = steps is not None or budget.total() >= budget.seconds
+            known["done"] = steps is not None or budget.total() >= trainer.ENOUGH * budget.seconds
             known.pop("failed", None)
         except Exception as error:
             failed = True

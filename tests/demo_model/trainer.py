@@ -7,16 +7,29 @@ recording fails the same step runs as it is.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
+ENOUGH = 0.97
+"""Share of a stage after which it counts as done: what is left isn't worth another start."""
+
+everywhere_bfloat16 = False
+"""Compute on a CPU as on a GPU, to try that out."""
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What networks compute in while they are trained."""
+    return torch.bfloat16 if device.type == "cuda" or everywhere_bfloat16 else torch.float32
 
 
 @dataclass
@@ -45,6 +58,10 @@ class Budget:
     def total(self) -> float:
         """Seconds spent on the stage, those of earlier calls too."""
         return self.spent + time.monotonic() - self.begun
+
+    def done(self, steps: int) -> bool:
+        """Whether the stage as a whole has had its time."""
+        return self.share(steps) >= ENOUGH
 
     def over(self, steps: int) -> bool:
         """Whether this call must end the stage or leave it."""
@@ -85,7 +102,7 @@ class Trainer:
         self.peak, self.decay, self.warm_up = peak, decay, warm_up
         self.device = device
         self.gpu = device.type == "cuda"
-        dtype = torch.bfloat16 if self.gpu else torch.float32
+        dtype = compute_dtype(device)
         self.names: list[str] = []
         self.parameters: list[Tensor] = []
         scales, decays = [], []
@@ -121,9 +138,7 @@ class Trainer:
     def _compute(self, batch: Batch) -> dict[str, Tensor]:
         results = self.loss(batch)
         found = torch.autograd.grad(results["loss"], self.parameters, allow_unused=True)
-        gradients = [
-            torch.zeros_like(m) if g is None else g.float() for g, m in zip(found, self.masters, strict=True)
-        ]
+        gradients = [torch.zeros_like(m) if g is None else g.float() for g, m in zip(found, self.masters, strict=True)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         torch._foreach_mul_(gradients, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         torch._foreach_lerp_(self.first, gradients, 0.1)
@@ -252,8 +267,8 @@ class Trainer:
             module.load_state_dict(weights)
 
 
-def frozen(modules: Sequence[nn.Module], device: torch.device) -> None:
-    """Modules that a stage uses and doesn't train, in the dtype of its computation."""
-    for module in modules:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        module.to(device, dtype).eval().requires_grad_(False)
+def working_copy(module: Module, device: torch.device) -> Module:
+    """A copy of what a stage uses and doesn't train, in the dtype of its computation; the weights stay unrounded."""
+    made = copy.deepcopy(module).to(device, compute_dtype(device)).eval()
+    made.requires_grad_(False)
+    return made

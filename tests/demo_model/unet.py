@@ -220,9 +220,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(nn.ModuleList(made))
         self.out = nn.ModuleList([GroupNorm(width, 1e-5), nn.Identity(), zeroed(nn.Conv2d(width, 4, 3, padding=1))])
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, images: Sequence[ImageKV] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, images: Sequence[ImageKV] | None = None) -> Tensor:
         """Predicted noise.
 
         Args:
