@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 CONTEXT = 77
@@ -83,7 +84,7 @@ class Tokenizer:
         if word not in self._known:
             units = _letters(word)
             while True:
-                pairs = [pair for pair in zip(units, units[1:], strict=False) if pair in self._rank]
+                pairs = [pair for pair in pairwise(units) if pair in self._rank]
                 if not pairs:
                     break
                 units = _merged(units, min(pairs, key=self._rank.__getitem__))
@@ -131,7 +132,7 @@ def train(texts: Iterable[str], size: int = SIZE) -> Tokenizer:
     while len(merges) < size - 2 * 256 - 2:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, units in pieces.items():
-            for pair in zip(units, units[1:], strict=False):
+            for pair in pairwise(units):
                 pairs[pair] += counts[word]
         if not pairs:
             break

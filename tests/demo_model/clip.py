@@ -22,9 +22,9 @@ class TextSizes:
 
     vocabulary: int = 1000
     width: int = 64
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
-    mlp: int = 256
+    mlp: int = 128
 
 
 @dataclass(frozen=True)

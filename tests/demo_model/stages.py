@@ -17,6 +17,7 @@ from .sampling import LATENT, alphas, ddim, guided, held_out_scenes, judged
 from .scenes import Scenes, rearranged, render, sample
 from .store import Store
 from .trainer import Batch, Budget, Trainer, working_copy
+from .unet import ImageKV
 
 PICTURE = 128
 
@@ -124,7 +125,7 @@ def _photographed(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_vae(run: Run) -> Figures:
     """Absolute differences of pixels and of their neighbours', and a trace of the KL divergence."""
-    store, vae = run.store, run.store.vae
+    vae = run.store.vae
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         pixels = batch["pixels"]
@@ -317,7 +318,7 @@ def train_unet(run: Run) -> Figures:
 
 @torch.no_grad()
 def measure_text(run: Run) -> Figures:
-    """How often the judge sees in a picture what its prompt says: of combinations for training, and of held-out ones."""
+    """How often the judge sees in a picture what its prompt says; of seen and of held-out combinations."""
     store, count = run.store, run.scale.measured
     result: Figures = {}
     for name, scenes in (
@@ -331,7 +332,7 @@ def measure_text(run: Run) -> Figures:
     return result
 
 
-def _draw_pictures(run: Run, tokens: Tensor, images: list | None, none: list | None) -> Tensor:
+def _draw_pictures(run: Run, tokens: Tensor, images: list[ImageKV] | None, none: list[ImageKV] | None) -> Tensor:
     """Pictures 0..1 of prompts, with image tokens if there are any."""
     store = run.store
     context = store.text(tokens)

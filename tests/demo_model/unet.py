@@ -24,10 +24,10 @@ ImageKV = tuple[Tensor, Tensor]
 class UNetSizes:
     """Widths of the UNet; what LDM's configuration calls them stands beside each."""
 
-    channels: int = 32
+    channels: int = 64
     """``model_channels``."""
-    multiples: tuple[int, ...] = (2, 2, 2, 2)
-    """``channel_mult``."""
+    multiples: tuple[int, ...] = (1, 1, 1, 1)
+    """``channel_mult``; the first is 1, since LDM's last convolution takes ``model_channels``."""
     heads: int = 8
     """``num_heads``."""
     context: int = 64
