@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, base_adapter, plus_adapter
-from .bpe import Tokenizer, train
+from .bpe import CONTEXT, Tokenizer, train
 from .captions import CaptionTokens, vocabulary_text
 from .clip import AttributeHeads, Judge, TextSizes, TextTower, VisionSizes, VisionTower
 from .files import load_tensors, save_png, save_tensors, sheet
@@ -108,6 +108,28 @@ class Store:
                 torch.nn.functional.pad(s, (0, width - s.shape[2], 0, 8), value=1.0) for s in self.sheets.values()
             ]
             save_png(torch.cat(padded, 1), self.folder / SAMPLES)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokeniser, and beside it what transformers must know to make the text tower."""
+        self.tokenizer.save(folder)
+        sizes = TextSizes(len(self.tokenizer.vocabulary))
+        config = {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": sizes.vocabulary,
+            "hidden_size": sizes.width,
+            "intermediate_size": sizes.mlp,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "max_position_embeddings": CONTEXT,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": VisionSizes().projection,
+            "bos_token_id": self.tokenizer.start,
+            "eos_token_id": self.tokenizer.end,
+            "pad_token_id": self.tokenizer.end,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     def show(self, name: str, pictures: Tensor, columns: int = 16) -> None:
         """Put a stage's pictures (0..1) on the sheet, under those of the stages before."""

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for all files")
     parser.add_argument("--total", type=float, default=17.0, help="minutes of the whole training, over all calls")
     parser.add_argument("--minutes", type=float, default=None, help="minutes of this call; by default all of them")
+    parser.add_argument("--tokenizer", type=Path, help="folder to write the tokeniser to; it depends on the code alone")
     parser.add_argument("--resume", type=Path, help="folder of an earlier call to go on from")
     parser.add_argument("--again", nargs="*", default=[], choices=list(STAGES), help="stages to train anew or further")
     parser.add_argument("--only", nargs="*", default=list(STAGES), choices=list(STAGES), help="stages of this call")
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {known.get('failed') or known['figures']}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    store.tokenizer.save(args.out / "tokenizer")
+    if args.tokenizer is not None:
+        store.save_tokenizer(args.tokenizer)
     _at_rest(store)
     store.save()
     done = all(known["done"] for known in map(store.stage, STAGES))
