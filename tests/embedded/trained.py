@@ -156,9 +156,7 @@ def _empty_vae(tensors: Mapping[str, Tensor]) -> AutoencoderKL:
         block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=sum(
-            name.startswith("encoder.down.0.block.") and name.endswith("conv2.bias") for name in tensors
-        ),
+        layers_per_block=len(blocks),
         norm_num_groups=GROUPS,
         latent_channels=4,
     )
