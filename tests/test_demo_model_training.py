@@ -18,7 +18,7 @@ from lib_ipadapter.recognise import DEMO, encoder_needed, recognise_adapter
 from lib_ipadapter.tensorfile import open_tensors
 from tests.demo_model import sampling, stages, trainer
 from tests.demo_model import train as training
-from tests.demo_model.clip import ATTRIBUTES, attribute_labels, normalised
+from tests.demo_model.clip import ATTRIBUTES, at_end, attribute_labels, normalised
 from tests.demo_model.scenes import sample
 from tests.demo_model.store import BASE, CHECKPOINT, PLUS, VISION, Store
 from tests.demo_model.trainer import Budget, Trainer, learning_rate
@@ -65,6 +65,12 @@ def test_the_host_runs_what_was_trained(store: Store, trained: TrainedNetworks) 
     tokens = torch.tensor([store.tokenizer.rows("a green striped triangle")])
     torch.testing.assert_close(trained.text(tokens).last_hidden_state, store.text(tokens))
     assert trained.tokenizer.vocabulary == store.tokenizer.vocabulary
+    # and in training the tower computes the same in another way
+    store.text.train()
+    torch.testing.assert_close(trained.text(tokens).last_hidden_state, store.text(tokens))
+    pooled = at_end(store.text(tokens), tokens, store.tokenizer.end)
+    store.text.eval()
+    torch.testing.assert_close(trained.text(tokens).pooler_output, pooled)
 
 
 @torch.no_grad()

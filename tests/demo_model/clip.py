@@ -111,16 +111,25 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``[B, 77]`` to the states after the final norm, ``[B, 77, width]``."""
         m = self.text_model
-        x = m.embeddings.token_embedding(tokens) + m.embeddings.position_embedding.weight
+        x = self._embedded(tokens) + m.embeddings.position_embedding.weight
         for layer in m.encoder.layers:
             x = layer(x, True)
         return m.final_layer_norm(x)
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embedding = self.text_model.embeddings.token_embedding
+        if not self.training:
+            return embedding(tokens)
+        # the same as a matrix product, whose gradient takes no sorting of tokens on a device
+        which = torch.arange(embedding.num_embeddings, device=tokens.device)
+        return (tokens[..., None] == which).to(embedding.weight.dtype) @ embedding.weight
+
 
 def at_end(states: Tensor, tokens: Tensor, end: int) -> Tensor:
     """The states at the first end token, ``[B, width]``."""
-    where = (tokens == end).to(torch.int32).argmax(1)
-    return states[torch.arange(len(states), device=states.device), where]
+    ends = tokens == end
+    first = ends & (ends.cumsum(1) == 1)
+    return (states * first[..., None].to(states.dtype)).sum(1)
 
 
 class _VisionEmbeddings(nn.Module):

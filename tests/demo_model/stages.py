@@ -39,7 +39,7 @@ class Scale:
     """Kept ready with what the image encoder says, for the adapters."""
     captions: int = 4
     """Of each of them."""
-    measured: int = 512
+    measured: int = 256
     """Pictures behind a figure."""
     shown: int = 64
     steps: int = 25
@@ -414,6 +414,13 @@ def measure_reference(run: Run, kind: str, adapter: Adapter) -> Figures:
         pictures = _draw_pictures(run, tokens, weighted(images, weight), weighted(none, weight))
         result[f"reference adherence, weight {weight}"] = judged(store.judge, pictures, scenes)
         rows.append(pictures[: run.scale.shown // 4])
+    store.unet.set_joint(True)
+    try:
+        pictures = _draw_pictures(run, tokens, images, none)
+    finally:
+        store.unet.set_joint(False)
+    result["reference adherence, joint, weight 1.0"] = judged(store.judge, pictures, scenes)
+    rows.append(pictures[: run.scale.shown // 4])
     # the prompt says one thing, the reference another
     other = sample(count, run.generator, simple=True)
     spoken = store.tokens(choose_phrases(other, run.generator, full=True))
@@ -430,11 +437,11 @@ def measure_reference(run: Run, kind: str, adapter: Adapter) -> Figures:
 
 STAGES: dict[str, tuple[float, Callable[[Run], Figures]]] = {
     "judge": (0.04, train_judge),
-    "vae": (0.17, train_vae),
+    "vae": (0.16, train_vae),
     "clip": (0.14, train_clip),
-    "unet": (0.37, train_unet),
+    "unet": (0.36, train_unet),
     "base": (0.08, train_base),
-    "plus": (0.17, train_plus),
+    "plus": (0.16, train_plus),
 }
 """In order, each with its share of the whole time; the rest is for figures and files."""
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
+REPORTED = 10.0
+"""Seconds between two lines of progress."""
 ENOUGH = 0.97
 """Share of a stage after which it counts as done: what is left isn't worth another start."""
 
@@ -165,6 +167,7 @@ class Trainer:
         """Record the step as a CUDA graph over a copy of ``batch``."""
         self._static = {name: value.clone() for name, value in batch.items()}
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.results = self._compute(self._static)
@@ -213,7 +216,7 @@ class Trainer:
         while not budget.over(self.steps):
             self.step(batches(), budget.share(self.steps))
             now = time.monotonic()
-            if now - reported < 5.0 and self.steps - checked < 400 and not budget.over(self.steps):
+            if now - reported < REPORTED and self.steps - checked < 400 and not budget.over(self.steps):
                 continue
             figures = {name: float(value) for name, value in self.results.items()}
             if not all(math.isfinite(value) for value in figures.values()):
@@ -224,7 +227,7 @@ class Trainer:
                 into.copy_(weight)
             for name, value in figures.items():
                 last[name] = value if name not in last else 0.7 * last[name] + 0.3 * value
-            if now - reported >= 5.0 or budget.over(self.steps):
+            if now - reported >= REPORTED or budget.over(self.steps):
                 self._progress(title, budget, figures, (self.steps - checked) / max(now - reported, 1e-6))
                 reported, checked = now, self.steps
         if self.gpu:

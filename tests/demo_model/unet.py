@@ -64,6 +64,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.joint = False
+        """Attend to text and image tokens at once rather than apart."""
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context, width, bias=False)
         self.to_v = nn.Linear(context, width, bias=False)
@@ -73,10 +75,13 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor | None = None, image: ImageKV | None = None) -> Tensor:
-        """``[B, N, width]`` in and out; ``image`` is attended to apart and added (decoupled cross-attention)."""
+        """``[B, N, width]`` in and out; ``image`` is attended to apart and added, unless ``joint``."""
         source = x if context is None else context
-        q = self._split(self.to_q(x))
-        out = F.scaled_dot_product_attention(q, self._split(self.to_k(source)), self._split(self.to_v(source)))
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        if image is not None and self.joint:
+            k, v, image = torch.cat([k, image[0]], 1), torch.cat([v, image[1]], 1), None
+        q = self._split(q)
+        out = F.scaled_dot_product_attention(q, self._split(k), self._split(v))
         if image is not None:
             out = out + F.scaled_dot_product_attention(q, self._split(image[0]), self._split(image[1]))
         return self.to_out[0](out.transpose(1, 2).flatten(2))
@@ -252,6 +257,12 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = run(block, torch.cat([h, skips.pop()], 1))
         return self.out[2](F.silu(self.out[0](h)))
+
+    def set_joint(self, joint: bool) -> None:
+        """Let all cross-attention layers take image tokens jointly with the text's, or apart from them."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.joint = joint
 
     def layer_widths(self) -> list[int]:
         """Width of each cross-attention layer, in an adapter file's order."""
