@@ -62,6 +62,7 @@ class Host:
     ``split_calls``: one UNet call per chunk, as on a machine short of memory.
     ``settings``: options set before scripts are loaded. ``command_line``: flags as on a host's command line, its own
     (``--data-dir``, ``--models-dir``) and those of extensions' ``preload.py``.
+    ``checkpoint``: a trained SD1.5 model, with its tokeniser's folder beside it, instead of random networks.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Host:
         settings: dict[str, Any] | None = None,
         command_line: Sequence[str] = (),
         verbose: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
         folders = [PROJECT_ROOT] if extensions is None else [Path(folder).resolve() for folder in extensions]
         self.extensions = [loader.Extension(folder) for folder in folders]
@@ -89,6 +91,7 @@ class Host:
         self.split_calls = split_calls
         self.verbose = verbose
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
+        self.checkpoint = checkpoint
         self.reports = Reports()
         self.cmd_opts = loader.command_line_options(self.extensions, command_line, self._parser(), self.reports)
         self.cmd_opts.webui_is_non_local = self.cmd_opts.listen
@@ -199,7 +202,7 @@ class Host:
     # -- model ------------------------------------------------------------------------------------------------
 
     def _make_model(self, shape: str) -> SDModel:
-        model = SDModel(shape, self.seed, self.device, self.dtype)
+        model = SDModel(shape, self.seed, self.device, self.dtype, self.checkpoint)
         model.kmodel.recorder = self._record
         self.opts.data["sd_model_checkpoint"] = model.sd_checkpoint_info.title
         return model

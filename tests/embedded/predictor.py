@@ -13,17 +13,24 @@ def _column(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class Predictor(nn.Module):
     """Sigmas and timesteps, and how a network's output becomes a denoised latent.
 
-    The networks here are random and are read as v-predictors: their output then only bends the trajectory, and a
-    latent of ordinary size comes out (an epsilon-predictor that predicts no noise would leave nothing but noise).
+    ``prediction_type`` is ``epsilon`` or ``v_prediction``. The random networks are read as v-predictors: their output
+    then only bends the trajectory, and a latent of ordinary size comes out (an epsilon-predictor that predicts no noise
+    would leave nothing but noise).
     """
 
     sigmas: torch.Tensor
     log_sigmas: torch.Tensor
     alphas_cumprod: torch.Tensor
 
-    def __init__(self, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> None:
+    def __init__(
+        self,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        steps: int = 1000,
+        prediction_type: str = "v_prediction",
+    ) -> None:
         super().__init__()
-        self.prediction_type = "v_prediction"
+        self.prediction_type = prediction_type
         self.sigma_data = 1.0
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
@@ -69,6 +76,8 @@ class Predictor(nn.Module):
         self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
     ) -> torch.Tensor:
         s = _column(sigma, model_output)
+        if self.prediction_type == "epsilon":
+            return model_input - model_output * s
         total = s**2 + self.sigma_data**2
         return model_input * self.sigma_data**2 / total - model_output * s * self.sigma_data / total**0.5
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.demo_model.bpe import Tokenizer
 
 from .shapes import ENTRY_WIDTH, Shape
 
@@ -18,13 +21,22 @@ START, END = 256, 257
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
-def tokenise(text: str) -> list[list[int]]:
-    """UTF-8 bytes of the text in chunks of 77: start, 75 tokens, end, filled up with end. ``BREAK`` begins a chunk."""
+def _bytes(text: str) -> list[int]:
+    return list(text.encode("utf-8"))
+
+
+def tokenise(
+    text: str, encode: Callable[[str], list[int]] = _bytes, start: int = START, end: int = END
+) -> list[list[int]]:
+    """Tokens of the text in chunks of 77: start, 75 tokens, end, filled up with end. ``BREAK`` begins a chunk.
+
+    By default the tokens are its UTF-8 bytes.
+    """
     chunks: list[list[int]] = []
     for part in _BREAK.split(text):
-        tokens = list(part.strip().encode("utf-8"))
+        tokens = encode(part.strip())
         pieces = [tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK)] or [[]]
-        chunks += [[START, *piece, *[END] * (CHUNK + 1 - len(piece))] for piece in pieces]
+        chunks += [[start, *piece, *[end] * (CHUNK + 1 - len(piece))] for piece in pieces]
     return chunks
 
 
@@ -52,10 +64,14 @@ class TextEncoder:
 
     model: CLIPTextModel
     shape: Shape
+    tokenizer: Tokenizer | None = None
+    """That of a trained model; the random ones read bytes."""
 
     def encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Context ``[77 * chunks, width]`` and pooled output ``[width]`` (of the first chunk) of one prompt."""
-        ids = torch.tensor(tokenise(text), device=self.model.device)
+        known = self.tokenizer
+        chunks = tokenise(text) if known is None else tokenise(text, known.encode, known.start, known.end)
+        ids = torch.tensor(chunks, device=self.model.device)
         out = self.model(input_ids=ids)
         return out.last_hidden_state.reshape(-1, self.shape.context).float(), out.pooler_output[0].float()
 

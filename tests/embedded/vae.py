@@ -44,13 +44,15 @@ class VAE:
 
     latent_channels = LATENT_CHANNELS
 
-    def __init__(self, module: AutoencoderKL) -> None:
+    def __init__(self, module: AutoencoderKL, scale: float = 1.0) -> None:
         self.first_stage_model = module
+        self.scale = scale
+        """By which latents are multiplied for the UNet."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[B, 3, H, W]`` in -1..1 -> latents ``[B, 4, H/8, W/8]`` (the mean, so requests repeat exactly)."""
-        return self.first_stage_model.encode(pixels).latent_dist.mode()
+        return self.first_stage_model.encode(pixels).latent_dist.mode() * self.scale
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents -> ``[B, 3, H, W]``, about -1..1."""
-        return self.first_stage_model.decode(latents).sample
+        return self.first_stage_model.decode(latents / self.scale).sample
