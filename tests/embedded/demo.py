@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +28,9 @@ from .demo_models import make_demo_models
 from .shapes import SHAPES
 
 TITLE = "IP-Adapter"
+TRAINED = "trained"
+WEIGHTS = Path(__file__).resolve().parent.parent / "demo_model" / "weights"
+"""A checkpoint with its tokeniser, the image encoder and a plus adapter, trained on drawn scenes; see there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,35 +44,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     strip.add_argument("--prompt", default="", help="what to draw")
     strip.add_argument("--out", type=Path, default=Path("out.png"), help="where the strip goes, as a PNG")
     strip.add_argument("--negative-prompt", default="")
-    strip.add_argument("--steps", type=int, default=12)
+    strip.add_argument("--steps", type=int, default=20)
     strip.add_argument("--seed", type=int, default=1)
-    strip.add_argument("--cfg-scale", type=float, default=7.0)
+    strip.add_argument("--cfg-scale", type=float, default=4.0)
     strip.add_argument("--size", type=int, default=128, help="width and height of a panel, a multiple of 64")
     unit = parser.add_argument_group("the image prompt")
     unit.add_argument("--weight", type=float, default=1.0)
     unit.add_argument("--start", type=float, default=0.0)
     unit.add_argument("--stop", type=float, default=1.0)
-    unit.add_argument("--formulation", default="auto")
+    unit.add_argument(
+        "--formulation", default="decoupled", help="the trained adapter was trained for the decoupled one"
+    )
     unit.add_argument("--preparation", default="crop")
     unit.add_argument("--adapter", choices=("base", "plus"), default="plus", help="kind of the demo adapter")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="sd15", help="layout of the UNet")
+    parser.add_argument(
+        "--model",
+        choices=(TRAINED, *sorted(SHAPES)),
+        default=TRAINED,
+        help="the trained one, which draws shapes, or random ones of SD1.5's or SDXL's layout",
+    )
     args = parser.parse_args(argv)
+    if args.model == TRAINED and args.adapter != "plus":
+        parser.error(
+            "--adapter is base, and the trained model has a plus adapter alone: choose a random --model with it"
+        )
     if args.size < 64 or args.size % 64:
         parser.error(f"--size is {args.size}; it must be a multiple of 64")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        print("Making the small random models …", flush=True)
-        models = make_demo_models(Path(temporary, "models"))
+        models = Path(temporary, "models")
         try:
-            return _page(args, models.models_path) if args.image is None else _strip(args, models.models_path)
+            return _page(args, models) if args.image is None else _strip(args, models)
         except (IPAdapterError, OSError) as error:
             print(f"dev.py demo: {error}", file=sys.stderr)
             return 1
 
 
+def trained_models(folder: Path) -> Path:
+    """Puts the trained image encoder and adapter into a folder of models, where the extension finds them."""
+    for source, place in (("demo-plus", "ipadapter"), ("demo-vision", "clip_vision")):
+        (folder / place).mkdir(parents=True)
+        shutil.copyfile(WEIGHTS / f"{source}.safetensors", folder / place / f"{source}.safetensors")
+    return folder
+
+
+def make_host(model: str, folder: Path) -> Host:
+    """The host with a model of the demo.
+
+    Args:
+        model: the trained one, or the shape of random ones.
+        folder: an empty one, for the files of adapters and image encoder.
+    """
+    if model == TRAINED:
+        checkpoint = WEIGHTS / "demo.safetensors"
+        return Host(models_path=trained_models(folder), checkpoint=checkpoint, verbose=True)
+    print("Making the small random models …", flush=True)
+    return Host(model, models_path=make_demo_models(folder).models_path, verbose=True)
+
+
 def _page(args: argparse.Namespace, models: Path) -> int:
-    with Host(args.shape, models_path=models, verbose=True) as host:
+    with make_host(args.model, models) as host:
         print(f"Open {host.launch(args.port, args.address)} in a browser (Ctrl+C ends it).", flush=True)
-        print("The models are small and random: pictures show that a reference acts, not what it shows.", flush=True)
+        if args.model == TRAINED:
+            print(
+                "It draws shapes, best at 128 x 128: 'a small red circle on blue', 'a heart' with a picture.",
+                flush=True,
+            )
+            print(
+                "Formulation 'decoupled', under Advanced, shows most of a picture: that is how it was trained.",
+                flush=True,
+            )
+        else:
+            print("The models are random: pictures show that a reference acts, not what it shows.", flush=True)
         try:
             while True:
                 time.sleep(3600)
@@ -80,7 +126,7 @@ def _strip(args: argparse.Namespace, models: Path) -> int:
     started = time.perf_counter()
     reference = read_picture(args.image)
     unit: dict[str, Any] = {
-        "model": f"demo-{args.adapter}-{args.shape}.safetensors",
+        "model": "demo-plus.safetensors" if args.model == TRAINED else f"demo-{args.adapter}-{args.model}.safetensors",
         "images": [base64.b64encode(args.image.read_bytes()).decode()],
         "weight": args.weight,
         "start": args.start,
@@ -98,7 +144,7 @@ def _strip(args: argparse.Namespace, models: Path) -> int:
         "width": args.size,
         "height": args.size,
     }
-    with Host(args.shape, models_path=models, verbose=True) as host:
+    with make_host(args.model, models) as host:
         ready = time.perf_counter()
         print("Without the reference:", flush=True)
         plain = host.txt2img(**request)
