@@ -113,8 +113,8 @@ def test_the_pages_refresh_button_lists_anew(own_host: Host, folder: Path, model
         }
         button = next(ident for name, ident in names.items() if name.endswith("unit_1_refresh"))
         (event,) = [each for each in own_host.page.blocks.fns.values() if any(t[0] == button for t in each.targets)]
-        model, negative = event.fn()
-        return list(model["choices"]), list(negative["choices"])
+        model, negative = event.fn(False)
+        return [name for _, name in model["choices"]], list(negative["choices"])
 
     assert refresh() == ([BASE["name"]], [])
     shutil.copy(models.plus["sd15"], folder / "ipadapter")
