@@ -23,6 +23,8 @@ AXES: Mapping[str, tuple[str, list[dict[str, Any]]]] = {
     "[IP-Adapter] image": ("1, 2", [{"images": [PHOTOGRAPH]}, {"images": [half_mask()]}]),
 }
 """Values of an axis, and what each makes of the unit."""
+LISTED = 2 * 9
+"""Axes of two units."""
 WRONG: Mapping[str, tuple[str, str]] = {
     "[IP-Adapter] weight": ("0.3, 7", "from -5 to 5"),
     "[IP-Adapter] model": ("acceptance-plus.safetensors, nowhere", "nowhere"),
@@ -61,7 +63,7 @@ def listing_problem(server: Server) -> str:
     choices = [each["choices"] for info in infos for each in info["args"] if each["label"] == "X type"]
     for labels in choices:
         ours = [label for label in labels if label.startswith("[IP-Adapter")]
-        if len(ours) != 16 or len(set(ours)) != 16:
+        if len(ours) != LISTED or len(set(ours)) != LISTED:
             return f"the axes are listed as {ours}"
     return "" if choices else "there is no X/Y/Z plot"
 
