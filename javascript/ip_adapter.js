@@ -346,8 +346,6 @@ var ipAdapter = (() => {
             drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
     });
     if (typeof onUiUpdate === "function") onUiUpdate(addButtons);
-
-
     if (typeof onUiLoaded === "function")
         onUiLoaded(() => {
             for (const each of gradioApp().querySelectorAll(".ip-adapter-list")) {

@@ -279,6 +279,16 @@ def test_uncond_sources(host: Host, models: DemoModels) -> None:
         host.txt2img(**request(unit(uncond="file", negative=wide.name)))
 
 
+def test_the_list_shows_what_fits_the_loaded_checkpoint(host_of: Any) -> None:
+    for shape, other, family in (("sd15", "sdxl", "SDXL"), ("sdxl", "sd15", "SD1.5")):
+        host_of(shape).txt2img(**request())
+        session: Any = sys.modules["sd_image_prompt"].live_session  # type: ignore[attr-defined]
+        fitting = [(f"demo-{kind}-{shape}.safetensors",) * 2 for kind in ("base", "plus")]
+        names = [f"demo-{kind}-{other}.safetensors" for kind in ("base", "plus")]
+        assert session.choices(False) == fitting
+        assert session.choices(True) == fitting + [(f"{name} (doesn't fit: {family})", name) for name in names]
+
+
 def test_preparations_differ_for_a_picture_that_is_not_square(host: Host) -> None:
     results = [
         host.txt2img(**request(unit(photos=("coffee",), preparation=p))).image for p in ("crop", "squash", "pad")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_ipadapter.pictures import MEAN, STD
+
 from .bpe import CONTEXT
 from .scenes import BACKGROUNDS, COLOURS, MAX_COUNT, PLACES, SHAPES, SIZES, TEXTURES, Scenes
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SIZE = 224
 
 
