@@ -55,6 +55,10 @@ Figures = dict[str, object]
 TEXT_DROPPED = 0.1
 """Share of captions that the UNet doesn't see, for guidance."""
 ADAPTER_TEXT_DROPPED, IMAGE_DROPPED = 0.6, 0.05
+TAUGHT = 4.0
+"""How much more it counts, for an adapter, what the UNet says to the complete caption than what the noise was. Both ask
+for the same, but the noise says it with a deviation that hides most of it: by it alone, shapes took tens of thousands of
+steps."""
 MOVED, OTHER_BACKGROUND = 0.6, 0.3
 """Shares of references that are placed otherwise, and that stand before something else, than the picture to draw."""
 GUIDANCE = 4.0
@@ -241,6 +245,8 @@ class Bank:
     embeds: Tensor | None = None
     penultimate: Tensor | None = None
     """Of references to the scenes, ``[N, 257, width]``."""
+    complete: Tensor | None = None
+    """Captions that leave nothing out, ``[N, 77]``."""
 
 
 @torch.no_grad()
@@ -249,7 +255,7 @@ def make_bank(run: Run, count: int, references: bool) -> Bank:
     store = run.store
     vae, vision = (working_copy(m, run.device) for m in (store.vae, store.vision))
     dtype = next(vae.parameters()).dtype
-    parts: dict[str, list[Tensor]] = {"latents": [], "tokens": [], "embeds": [], "penultimate": []}
+    parts: dict[str, list[Tensor]] = {"latents": [], "tokens": [], "embeds": [], "penultimate": [], "complete": []}
     for start in range(0, count, run.scale.chunk):
         scenes = sample(min(run.scale.chunk, count - start), run.generator)
         pixels = render(scenes, PICTURE) * 2 - 1
@@ -262,8 +268,9 @@ def make_bank(run: Run, count: int, references: bool) -> Bank:
             embeds, penultimate = vision(normalised(pictures).to(dtype))
             parts["embeds"].append(embeds)
             parts["penultimate"].append(penultimate)
-    joined = {name: torch.cat(each) for name, each in parts.items() if each}
-    return Bank(joined["latents"], joined["tokens"], joined.get("embeds"), joined.get("penultimate"))
+            complete = store.tokens(choose_phrases(scenes, run.generator, full=True))
+            parts["complete"].append(complete.to(torch.int16))
+    return Bank(**{name: torch.cat(each) for name, each in parts.items() if each})
 
 
 def _noise_weights(device: torch.device) -> Tensor:
@@ -291,8 +298,8 @@ def _drawn(run: Run, bank: Bank, count: int, dropped: float) -> Batch:
         "times": torch.randint(1000, (count,), generator=generator, device=device),
         "noise": torch.randn((count, 4, LATENT, LATENT), generator=generator, device=device).to(bank.latents.dtype),
     }
-    if bank.embeds is not None and bank.penultimate is not None:
-        batch["rows"] = rows
+    if bank.complete is not None:
+        batch |= {"rows": rows, "complete": bank.complete[rows].long()}
     return batch
 
 
@@ -372,21 +379,34 @@ def _train_adapter(run: Run, kind: str, adapter: Adapter) -> Figures:
     if run.budget.spent == 0.0:
         adapter.begin_with(store.unet)
     unet, text = (working_copy(m, run.device) for m in (store.unet, store.text))
-    bank = make_bank(run, run.scale.pairs, references=True)
+    if store.pairs is None:
+        store.pairs = make_bank(run, run.scale.pairs, references=True)
+    bank = store.pairs
     nothing = _nothing(run, kind).to(bank.latents.dtype)
     features = bank.embeds if kind == "base" else bank.penultimate
     assert features is not None
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        out = unet(_noisy(batch, table), batch["times"], batch["context"], adapter(batch["features"]))
-        error = ((out.float() - batch["noise"].float()) ** 2).mean((1, 2, 3))
-        return {"loss": (error * weights[batch["times"]]).mean(), "mse": error.mean()}
+        noisy = _noisy(batch, table)
+        with torch.no_grad():
+            taught = unet(noisy, batch["times"], batch["complete"])
+        out = unet(noisy, batch["times"], batch["context"], adapter(batch["features"])).float()
+        error = ((out - batch["noise"].float()) ** 2).mean((1, 2, 3))
+        apart = ((out - taught.float()) ** 2).mean((1, 2, 3))
+        by_time = weights[batch["times"]]
+        return {
+            "loss": ((error + TAUGHT * apart) * by_time).mean(),
+            "mse": error.mean(),
+            "apart": apart.mean(),
+        }
 
     def batches() -> Batch:
         batch = _drawn(run, bank, run.scale.adapter, ADAPTER_TEXT_DROPPED)
+        drop = torch.rand(run.scale.adapter, generator=run.generator, device=run.device) < IMAGE_DROPPED
         with torch.no_grad():
             batch["context"] = text(batch.pop("tokens"))
-        drop = torch.rand(run.scale.adapter, generator=run.generator, device=run.device) < IMAGE_DROPPED
+            # no picture, nothing to learn from it: the UNet as it is
+            batch["complete"] = torch.where(drop[:, None, None], batch["context"], text(batch["complete"]))
         found = features[batch.pop("rows")]
         batch["features"] = torch.where(drop.view(-1, *[1] * (found.ndim - 1)), nothing, found)
         return batch
@@ -436,12 +456,12 @@ def measure_reference(run: Run, kind: str, adapter: Adapter) -> Figures:
 
 
 STAGES: dict[str, tuple[float, Callable[[Run], Figures]]] = {
-    "judge": (0.04, train_judge),
-    "vae": (0.16, train_vae),
-    "clip": (0.14, train_clip),
-    "unet": (0.36, train_unet),
-    "base": (0.08, train_base),
-    "plus": (0.16, train_plus),
+    "judge": (0.03, train_judge),
+    "vae": (0.14, train_vae),
+    "clip": (0.12, train_clip),
+    "unet": (0.30, train_unet),
+    "base": (0.13, train_base),
+    "plus": (0.22, train_plus),
 }
 """In order, each with its share of the whole time; the rest is for figures and files."""
 

@@ -21,6 +21,8 @@ from .vae import VAE, VAESizes
 CHECKPOINT, VISION, BASE, PLUS, JUDGE, EXTRAS = (
     f"{name}.safetensors" for name in ("demo", "demo-vision", "demo-base", "demo-plus", "judge", "extras")
 )
+FILES = {"vision": VISION, "base": BASE, "plus": PLUS, "judge": JUDGE, "extras": EXTRAS}
+"""Of the parts that have one of their own."""
 REPORT, SAMPLES = "report.json", "samples.png"
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -63,6 +65,8 @@ class Store:
         self.plus: Adapter = plus_adapter(self.unet, vision)
         self.report: dict[str, Any] = {"seed": seed, "stages": {}}
         self.sheets: dict[str, Tensor] = {}
+        self.pairs: Any = None
+        """What both adapters learn from, see :class:`.stages.Bank`, once it is made."""
         for module in self.modules().values():
             module.to(device)
 
@@ -77,14 +81,21 @@ class Store:
         return found
 
     def load(self, folder: Path) -> None:
-        """Go on from the files of an earlier call."""
+        """Go on from the files of an earlier call.
+
+        Stages whose files aren't there are to be done anew. For ``extras`` that means nothing: only further training of
+        the towers needs them.
+        """
         checkpoint = load_tensors(folder / CHECKPOINT)
         for part, prefix in PREFIXES.items():
             own = {k[len(prefix) :]: v for k, v in checkpoint.items() if k.startswith(prefix)}
             getattr(self, part).load_state_dict(own)
-        for part, name in (("vision", VISION), ("base", BASE), ("plus", PLUS), ("judge", JUDGE), ("extras", EXTRAS)):
-            getattr(self, part).load_state_dict(load_tensors(folder / name))
         self.report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        for part, name in FILES.items():
+            if (folder / name).is_file():
+                getattr(self, part).load_state_dict(load_tensors(folder / name))
+            elif part in self.report["stages"]:
+                self.stage(part).update(seconds=0.0, done=False)
 
     def save(self) -> None:
         """Write everything as it is now, weights as fp16. Any moment is good: each file is replaced as a whole."""
@@ -96,7 +107,7 @@ class Store:
         for part, prefix in PREFIXES.items():
             checkpoint |= half(getattr(self, part), prefix)
         save_tensors(checkpoint, self.folder / CHECKPOINT)
-        for part, name in (("vision", VISION), ("base", BASE), ("plus", PLUS), ("judge", JUDGE), ("extras", EXTRAS)):
+        for part, name in FILES.items():
             save_tensors(half(getattr(self, part)), self.folder / name)
         self.report["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         self.report["torch"] = torch.__version__

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m tests.demo_model.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for all files")
-    parser.add_argument("--total", type=float, default=16.5, help="minutes of the whole training, over all calls")
+    parser.add_argument("--total", type=float, default=36, help="minutes of the whole training, over all calls")
     parser.add_argument("--minutes", type=float, default=None, help="minutes of this call; by default all of them")
     parser.add_argument("--tokenizer", type=Path, help="folder to write the tokeniser to; it depends on the code alone")
     parser.add_argument("--resume", type=Path, help="folder of an earlier call to go on from")
