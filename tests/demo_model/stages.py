@@ -59,8 +59,7 @@ LAYERS_FIRST = 0.5
 """Share of an adapter's training in which every layer learns for itself what text tells it."""
 TAUGHT = 4.0
 """How much more it counts, for an adapter, what the UNet says to the complete caption than what the noise was. Both ask
-for the same, but the noise says it with a deviation that hides most of it: by it alone, shapes took tens of thousands of
-steps."""
+for the same, but the noise says it with a deviation that hides most of it."""
 MOVED, OTHER_BACKGROUND = 0.35, 0.2
 """Shares of references that are placed otherwise, and that stand before something else, than the picture to draw."""
 GUIDANCE = 4.0
