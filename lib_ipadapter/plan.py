@@ -187,6 +187,13 @@ class Plan:
         """Nothing acts: the host's own attention is all there is to do."""
         return not self.joined and not self.added
 
+    @property
+    def memory(self) -> set[int]:
+        """The pieces of memory in which its image tokens are, as :meth:`torch.Tensor.untyped_storage` knows them."""
+        joined = [tensor for roles in self.images for units in roles.values() for tensor in units]
+        added = [tensor for each in self.added for tensor in (*each.images.keys, *each.images.values)]
+        return {tensor.untyped_storage()._cdata for tensor in (*joined, *added)}
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attention: Attention, replaced: Attention | None
     ) -> Tensor:

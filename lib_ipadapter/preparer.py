@@ -42,10 +42,12 @@ from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_p
 from .plan import ImageKV
 from .progress import Window
 from .recognise import AdapterKind, recognise_adapter
+from .reweighing import Unweighed
 from .rows import COND, UNCOND
+from .steps import curve_of
 from .tensorfile import open_tensors
 from .units import MIDDLE, Crop, ImageRef, Unit
-from .weighing import Weighed, weigh
+from .weighing import Weighed, arrange, weigh
 
 FileIdentity = tuple[str, int, int]
 
@@ -60,22 +62,25 @@ class PreparedUnit:
     uncond: str
     conds: tuple[ImageKV, ...]
     unconds: tuple[ImageKV, ...]
-    weighed: Weighed
+    weigh: Callable[[float | None], Weighed | Unweighed]
+    """All of them at a weight; None: at one that changes while sampling."""
     fingerprint: str
     hashes: tuple[str, ...]
     """Of the content of each picture of the unit, also those that take no part."""
     problems: tuple[str, ...] = ()
     """Why pictures couldn't be stored."""
 
-    @property
-    def window(self) -> Window:
-        """When it acts."""
-        return Window(self.unit.start, self.unit.stop, self.unit.timing)
+    def until(self, hires: bool) -> Window:
+        """The part of a pass behind which the unit doesn't act any more: up to its stop, or to its curve's last 0."""
+        return Window(0.0, min(self.unit.stop, curve_of(self.unit, hires).over), self.unit.timing)
 
-    def term(self, info: UNetInfo) -> Term:
-        """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
+    def term(self, info: UNetInfo, hires: bool) -> Term:
+        """The unit on a UNet in a pass; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
-        return Term(self.formulation, self.window, self.weighed)
+        window = Window(self.unit.start, self.unit.stop, self.unit.timing)
+        curve = curve_of(self.unit, hires)
+        only = curve.only
+        return Term(self.formulation, window, self.weigh(self.unit.weight * only if only else None), curve)
 
     @property
     def by_hash(self) -> Unit:
@@ -136,12 +141,21 @@ class Preparer:
         shares = tuple(image.weight for image in unit.acting_images)
         prompts = {COND: tuple(conds), UNCOND: unconds}
         widest = max(info.widths)
-        weighed = self._kept.get(
-            ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
-            lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
-        )
+        source = ("weighed", job.source(uncond), formulation.name, shares, widest)
+
+        def at(weight: float | None) -> Weighed | Unweighed:
+            if weight is None:
+                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest)
+            with torch.inference_mode(False), torch.no_grad():
+                return self._kept.get(
+                    (*source, weight), lambda: weigh(prompts, formulation, weight, shares, widest, self._first)
+                )
+
+        only = curve_of(unit, hires=False).only
+        if only:  # while there is time; what a later pass has in its place is weighed when that begins
+            at(unit.weight * only)
         return PreparedUnit(
-            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.hashes, job.stored()
+            unit, kind, formulation, uncond, tuple(conds), unconds, at, fingerprint(path), job.hashes, job.stored()
         )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:

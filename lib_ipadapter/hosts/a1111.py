@@ -26,7 +26,7 @@ from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, wrap_sampler
+from .job import fail, is_nested, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -119,6 +119,10 @@ class A1111Host(ModelFolders):
     def was_ended_by_comment(self, p: Any) -> bool:
         """See :class:`.base.Host`. The page shows exceptions here."""
         return False
+
+    def is_nested(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return is_nested(p)
 
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
