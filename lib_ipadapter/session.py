@@ -137,7 +137,7 @@ class Session:
         Raises:
             IPAdapterError: if a unit can't do what it was asked.
         """
-        nested = self._host.is_nested(p)
+        nested = not all(unit.nested for unit in units) and self._host.is_nested(p)
         active = {
             number: unit for number, unit in enumerate(units, 1) if unit.acting_images and (unit.nested or not nested)
         }
