@@ -15,6 +15,8 @@ from .encoding import resolve_uncond
 from .errors import IPAdapterError
 from .formulations import resolve_formulation
 from .hosts.base import UNetInfo
+from .layer_weights import effective, groups, on_unet
+from .layers import LAYOUTS
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
 from .progress import STEPS
@@ -129,6 +131,7 @@ class Answers:
             ],
             "acts": unit.enabled and bool(unit.acting_images),
             "steps": _steps(unit, asked),
+            "layers": _layers(unit, kind),
             "memory": _memory(unit, kind, uncond, info),
             "fits_checkpoint": None if info is None else True,
         }
@@ -258,6 +261,13 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
     if not acting and takes_part(unit, hires):
         raise IPAdapterError(never_acted(unit, (progress[0], progress[-1]), hires))
     return {"of": len(progress), "acting": acting, "weights": [unit.weight * factor for factor in found]}
+
+
+def _layers(unit: Unit, kind: AdapterKind) -> list[dict[str, Any]]:
+    """The unit's own weight in each layer group."""
+    keys = LAYOUTS[len(kind.layer_widths)]
+    on_unet(unit.layers, keys, unit.weight or 1.0, unit.composition_weight, len(unit.acting_images))
+    return effective(unit.layers, unit.weight, unit.composition_weight, len(groups(keys)))
 
 
 def _levels(value: object) -> list[float]:

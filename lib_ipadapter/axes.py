@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import IPAdapterError
+from .layer_weights import TYPES
 from .pictures import read_picture
 from .units import FORMULATIONS, HIRES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
@@ -90,6 +91,7 @@ _KINDS = (
     _Kind("timing", "timing", TIMINGS),
     _Kind("curve", "curve"),
     _Kind("hires", "hires", HIRES),
+    _Kind("layers", "layers", tuple(TYPES)),
 )
 
 

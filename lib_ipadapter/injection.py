@@ -17,11 +17,12 @@ import torch
 from .curves import ALWAYS, Curve
 from .errors import IPAdapterError
 from .formulations import Formulation
-from .plan import Plan, make_plan
+from .layer_weights import Section
+from .plan import LayeredPlan, Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .reweighing import Adjustable, Unweighed
 from .rows import Call
-from .weighing import Prompts, Weighed
+from .weighing import Prompts, Weighed, in_section
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Term:
     """The latter where the curve changes the weight."""
     curve: Curve = ALWAYS
     """Factor of the weight; where it is 0, the unit takes no part. A weighed unit's has its other value in K/V."""
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Layers in which the unit's pictures act in different ways; empty: in all alike."""
+        if isinstance(self.weighed, Weighed):
+            return self.weighed.sections
+        return () if self.weighed.layer_weights is None else self.weighed.layer_weights.sections
 
     @property
     def is_whole(self) -> bool:
@@ -86,7 +94,7 @@ class Injection:
         self._prompts: list[Prompts] = []
         """Of each term, where the UNet computes."""
         self._place: tuple[torch.device, torch.dtype] | None = None
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._plans: dict[tuple[object, ...], Plan | LayeredPlan] = {}
         self._whole = [term.curve.at(0.0) if term.is_whole else None for term in self.terms]
         """Each term's factor, if it has but one."""
         self._varying = {n: t.weighed for n, t in enumerate(self.terms) if isinstance(t.weighed, Unweighed)}
@@ -121,7 +129,7 @@ class Injection:
             self._place = (device, dtype)
             self._plans.clear()
 
-    def plan(self, call: Call, text_tokens: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(self, call: Call, text_tokens: int, device: torch.device, dtype: torch.dtype) -> Plan | LayeredPlan:
         """What to do in a UNet call.
 
         Args:
@@ -144,15 +152,40 @@ class Injection:
             self.to(device, dtype)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            acting = [
-                pair for pair, acts in zip(zip(self.terms, self._prompts, strict=True), active, strict=True) if acts
-            ]
-            joint = [prompts for term, prompts in acting if term.formulation.joins_softmax]
-            added = [prompts for term, prompts in acting if not term.formulation.joins_softmax]
-            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
+            acting = [n for n, acts in enumerate(active) if acts]
+            plan = self._plans[key] = self._make_plan(acting, call, text_tokens, device)
             if self._varying and not plan.memory <= self._memory():
                 self._copies.add(key)
         return plan
+
+    def _make_plan(
+        self, acting: Sequence[int], call: Call, text_tokens: int, device: torch.device
+    ) -> Plan | LayeredPlan:
+        """A plan for the terms of these numbers."""
+
+        def make(parts: Sequence[tuple[Term, Prompts]], layers: Sequence[int] | None) -> Plan:
+            joint = [prompts for term, prompts in parts if term.formulation.joins_softmax]
+            added = [prompts for term, prompts in parts if not term.formulation.joins_softmax]
+            return make_plan(joint, added, call, text_tokens, device, layers)
+
+        parts = [(self.terms[n], self._prompts[n]) for n in acting]
+        if not any(term.sections for term, _ in parts):
+            return make(parts, None)
+        # The layers in which the same sections act are planned together.
+        by_term: list[list[int | None]] = []
+        for term, _ in parts:
+            section_of = {layer: n for n, section in enumerate(term.sections) for layer in section.layers}
+            by_term.append([section_of.get(layer) if term.sections else -1 for layer in range(self.layers)])
+        ways = list(zip(*by_term, strict=True))
+        plans: dict[tuple[int | None, ...], Plan] = {}
+        for way in dict.fromkeys(ways):
+            there = [
+                (term, prompts if n == -1 else in_section(prompts, term.sections[n]))
+                for (term, prompts), n in zip(parts, way, strict=True)
+                if n is not None
+            ]
+            plans[way] = make(there, [layer for layer, each in enumerate(ways) if each == way])
+        return LayeredPlan(tuple(plans[way] for way in ways))
 
     def _weigh(self, factors: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
         """Brings the factors of a UNet call into K and V, where they aren't yet."""

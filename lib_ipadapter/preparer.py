@@ -36,6 +36,7 @@ from .hosts.base import UNetInfo
 from .infotext import Facts
 from .injection import Term
 from .kept import Kept
+from .layer_weights import on_unet
 from .library import Library
 from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
@@ -141,14 +142,16 @@ class Preparer:
         shares = tuple(image.weight for image in unit.acting_images)
         prompts = {COND: tuple(conds), UNCOND: unconds}
         widest = max(info.widths)
-        source = ("weighed", job.source(uncond), formulation.name, shares, widest)
+        by_layer = on_unet(unit.layers, info.keys, unit.weight, unit.composition_weight, len(shares))
+        source = ("weighed", job.source(uncond), formulation.name, shares, widest, by_layer)
 
         def at(weight: float | None) -> Weighed | Unweighed:
             if weight is None:
-                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest)
+                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest, by_layer)
             with torch.inference_mode(False), torch.no_grad():
                 return self._kept.get(
-                    (*source, weight), lambda: weigh(prompts, formulation, weight, shares, widest, self._first)
+                    (*source, weight),
+                    lambda: weigh(prompts, formulation, weight, shares, widest, self._first, by_layer),
                 )
 
         only = curve_of(unit, hires=False).only

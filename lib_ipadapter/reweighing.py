@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .formulations import Formulation
-from .weighing import Pictures, Weighed
+from .layer_weights import LayerWeights
+from .weighing import Pictures, Weighed, of_layers
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Unweighed:
     weight: float
     """The unit's; what changes is a factor of it."""
     widest: int
+    layer_weights: LayerWeights | None = None
+    """How much of it each layer gets."""
 
     @property
     def layers(self) -> tuple[tuple[int, ...], ...]:
@@ -53,6 +56,7 @@ class Adjustable:
             tuple(torch.empty(size, device=device, dtype=dtype) for size in sizes),
             tokens,
             of.pictures.places,
+            () if of.layer_weights is None else of.layer_weights.sections,
         )
         self._runs: list[_Run] = []
         kinds = itertools.groupby(range(len(images)), lambda n: (shares[n], tokens[n]))
@@ -62,10 +66,13 @@ class Adjustable:
             of_width = zip(*(images[n].stacks for n in run), strict=True)
             for target, stacks in zip(self.weighed.stacks, of_width, strict=True):
                 layers, _, _, width = target.shape
+                shares_of_layers = of_layers(share, of.layer_weights, stacks[0].layers)
+                if isinstance(shares_of_layers, Tensor):
+                    shares_of_layers = shares_of_layers.repeat_interleave(len(run), 0).to(device)
                 to = target[:, :, place].view(layers, 2, len(run), length, width)
                 keys = _together([stack.keys for stack in stacks]).to(device)
                 values = _together([stack.values for stack in stacks]).to(device)
-                self._runs.append(_Run(share, keys, values, to[:, 0], to[:, 1], width / of.widest))
+                self._runs.append(_Run(shares_of_layers, keys, values, to[:, 0], to[:, 1], width / of.widest))
         self._is_filled = False
 
     def set(self, factor: float) -> None:
@@ -82,7 +89,8 @@ class Adjustable:
 class _Run(NamedTuple):
     """Neighbouring pictures of one share in all layers of one width."""
 
-    share: float
+    share: float | Tensor
+    """Of the unit's weight; a tensor where layers have different ones, ``[layers * pictures, 1, 1]``."""
     keys: Tensor
     values: Tensor
     """Raw, ``[layers * pictures, T, C]``."""

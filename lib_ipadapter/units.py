@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import curves
+from . import curves, layer_weights
 from .errors import IPAdapterError
 
 SCHEMA_VERSION = 1
@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 UNIT_SLOTS = 10
 """How many units one generation can have: the number of positions that the script offers for them."""
 
-FORMULATIONS = ("auto", "joint", "decoupled")
+FORMULATIONS = ("auto", "joint", "decoupled", "K+V", "K+V with penalty", "K+mean(V) with penalty")
 UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
 PREPARATIONS = ("crop", "squash", "pad")
 TIMINGS = ("noise", "steps")
@@ -141,7 +141,9 @@ class Unit:
     ``curve`` is the text of factors of the weight along the same measure, see :mod:`.curves`; it and the window both
     apply. In the hires pass ``hires_curve`` stands in its place, if there is one, and ``hires`` says whether the unit
     acts there with the same weight, with ``hires_scale`` times as much, or not at all. ``nested`` says whether it acts
-    in jobs that an extension starts inside the job, a face detailer's, say.
+    in jobs that an extension starts inside the job, a face detailer's, say. ``layers`` says how much of the weight each
+    layer group gets: a name or custom text, see :mod:`.layer_weights`; the types that know a ``composition_weight``
+    take the weight in its place while that is None.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -164,6 +166,8 @@ class Unit:
     hires: str = "same"
     hires_scale: float = 0.5
     nested: bool = True
+    layers: str = layer_weights.ALL
+    composition_weight: float | None = None
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
@@ -187,6 +191,11 @@ class Unit:
         _require_choice("hires", self.hires, HIRES)
         object.__setattr__(self, "hires_scale", _as_number("hires_scale", self.hires_scale, HIRES_SCALE_RANGE))
         _require_bool("nested", self.nested)
+        _require_text("layers", self.layers)
+        object.__setattr__(self, "layers", layer_weights.read(self.layers))
+        if self.composition_weight is not None:
+            value = _as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
+            object.__setattr__(self, "composition_weight", value)
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
                 'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .errors import IPAdapterError
 from .formulations import Formulation
+from .layer_weights import LayerWeights, Section
 from .plan import ImageKV
+from .rows import COND, UNCOND
 
 Prompts = Mapping[int, tuple[ImageKV, ...]]
 """What the rows of each role (``COND``, ``UNCOND``) get: one entry a picture; an absent role gets no image tokens."""
@@ -28,6 +30,8 @@ class Weighed:
     """Of each picture."""
     places: Mapping[int, tuple[int, ...]]
     """By role, which picture each of its entries is."""
+    sections: tuple[Section, ...] = ()
+    """Layers in which they act in different ways; empty: in all of them alike."""
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +50,17 @@ class Weighed:
                         target[picture][n] = tensor
         pictures = [ImageKV(tuple(k), tuple(v)) for k, v in zip(keys, values, strict=True)]
         return {role: tuple(pictures[n] for n in places) for role, places in self.places.items()}
+
+
+def in_section(prompts: Prompts, section: Section) -> Prompts:
+    """What of a unit's pictures acts on which rows in a section's layers."""
+    if section.swapped:
+        # the picture on the uncond rows; a role without an entry gets no image tokens
+        prompts = {UNCOND: prompts[COND]}
+    if section.picture is not None:
+        n = section.picture
+        prompts = {role: images[n : n + 1] for role, images in prompts.items()}
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,21 @@ def arrange(prompts: Prompts, shares: Sequence[float], first: int) -> Pictures:
     return Pictures(tuple(images), tuple(parts), places)
 
 
+def of_layers(weight: float, layer_weights: LayerWeights | None, layers: Sequence[int]) -> float | Tensor:
+    """A weight as some layers have it: a number, or ``[layers, 1, 1]``."""
+    if layer_weights is None:
+        return weight
+    return torch.tensor([weight * layer_weights.factors[n] for n in layers]).view(-1, 1, 1)
+
+
 def weigh(
-    prompts: Prompts, formulation: Formulation, weight: float, shares: Sequence[float], widest: int, first: int
+    prompts: Prompts,
+    formulation: Formulation,
+    weight: float,
+    shares: Sequence[float],
+    widest: int,
+    first: int,
+    layer_weights: LayerWeights | None = None,
 ) -> Weighed:
     """Weighs a unit's pictures, each for itself, all layers of one width as one tensor.
 
@@ -107,6 +135,7 @@ def weigh(
         formulation: which says how a weight changes them.
         weight: the unit's.
         widest: width of the UNet's widest cross-attention layer.
+        layer_weights: how much of it each layer gets.
 
     Raises:
         IPAdapterError: as :func:`arrange`.
@@ -127,9 +156,11 @@ def weigh(
         )
         start = 0
         for stack, image, share in zip(same_width, images, pictures.shares, strict=True):
-            pair = formulation.weigh(stack.keys, stack.values, weight * share, width / widest)
+            at = of_layers(weight * share, layer_weights, stack.layers)
+            pair = formulation.weigh(stack.keys, stack.values, at, width / widest)
             for kind, tensor in enumerate(pair):
                 both[:, kind, start : start + image.tokens] = tensor
             start += image.tokens
         stacks.append(both)
-    return Weighed(tuple(layers), tuple(stacks), tuple(image.tokens for image in images), pictures.places)
+    sections = () if layer_weights is None else layer_weights.sections
+    return Weighed(tuple(layers), tuple(stacks), tuple(image.tokens for image in images), pictures.places, sections)
