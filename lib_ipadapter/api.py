@@ -260,7 +260,7 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
     acting = [number for number, factor in enumerate(found, 1) if factor]
     if not acting and takes_part(unit, hires):
         raise IPAdapterError(never_acted(unit, (progress[0], progress[-1]), hires))
-    return {"of": len(progress), "acting": acting, "weights": [unit.weight * factor for factor in found]}
+    return {"of": len(progress), "acting": acting, "weights": [round(unit.weight * factor, 4) for factor in found]}
 
 
 def _layers(unit: Unit, kind: AdapterKind) -> list[dict[str, Any]]:

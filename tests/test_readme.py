@@ -43,10 +43,10 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_there_are_as_many_examples_as_are_run() -> None:
-    assert (len(REQUESTS), len(PYTHON)) == (3, 2)
+    assert (len(REQUESTS), len(PYTHON)) == (4, 2)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_requests(host: Host, number: int) -> None:
     wanted = REQUESTS[number]
     client = Client(host.app)
@@ -74,7 +74,7 @@ def test_the_defaults_are_those_shown() -> None:
 
 
 def test_a_request_that_cannot_be_met(host: Host) -> None:
-    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[2]), "picture")
+    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[3]), "picture")
 
 
 def test_the_table_has_every_route() -> None:
