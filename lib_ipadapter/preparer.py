@@ -145,18 +145,25 @@ class Preparer:
         by_layer = on_unet(unit.layers, info.keys, unit.weight, unit.composition_weight, len(shares))
         source = ("weighed", job.source(uncond), formulation.name, shares, widest, by_layer)
 
-        def at(weight: float | None) -> Weighed | Unweighed:
-            if weight is None:
-                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest, by_layer)
+        def make(weight: float) -> Weighed:
             with torch.inference_mode(False), torch.no_grad():
                 return self._kept.get(
                     (*source, weight),
                     lambda: weigh(prompts, formulation, weight, shares, widest, self._first, by_layer),
                 )
 
+        # The first pass's is made while there is time; what a later one has in its place, when that begins.
         only = curve_of(unit, hires=False).only
-        if only:  # while there is time; what a later pass has in its place is weighed when that begins
-            at(unit.weight * only)
+        made = {weight: make(weight) for weight in ([unit.weight * only] if only else [])}
+
+        def at(weight: float | None) -> Weighed | Unweighed:
+            if weight is None:
+                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest, by_layer)
+            if weight not in made:
+                made[weight] = make(weight)
+                self._kept.trim()
+            return made[weight]
+
         return PreparedUnit(
             unit, kind, formulation, uncond, tuple(conds), unconds, at, fingerprint(path), job.hashes, job.stored()
         )

@@ -64,6 +64,10 @@ def test_check_says_what_would_happen(client: Client) -> None:
         "pictures": [{"sha256": PHOTO_HASH, "width": SENT.width, "height": SENT.height}],
         "acts": True,
         "steps": {"of": 8, "acting": [1, 2, 3, 4], "weights": [1.0] * 4 + [0.0] * 4},
+        "layers": [
+            {"group": n, "block": "input" if n < 6 else "middle" if n == 6 else "output", "weight": 1.0}
+            for n in range(16)
+        ],
         "memory": told["memory"],
         "fits_checkpoint": True,
     }

@@ -27,7 +27,7 @@ LABELS = [
     for unit in ("", " 2")
     for field in (
         *("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing"),
-        *("curve", "hires"),
+        *("curve", "hires", "layers"),
     )
 ]
 
@@ -67,6 +67,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("stop", "0.4, 1", [{"stop": 0.4}, {"stop": 1.0}]),
     ("formulation", "joint, decoupled", [{"formulation": "joint"}, {"formulation": "decoupled"}]),
     ("uncond", "none, black picture", [{"uncond": "none"}, {"uncond": "black picture"}]),
+    ("layers", "style, ease in", [{"layers": "style"}, {"layers": "ease in"}]),
     ("curve", "1@0; 0.2@1, 0.5@0.3", [{"curve": "1@0, 0.2@1"}, {"curve": "0.5@0.3"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
     (

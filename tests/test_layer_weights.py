@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from lib_ipadapter import layer_weights
 from lib_ipadapter.curves import parse
@@ -29,6 +28,7 @@ from lib_ipadapter.weighing import Prompts, arrange, weigh
 from tests.embedded import Host
 from tests.embedded.client import Client
 from tests.embedded_hosts import request, unit
+from tests.layer_texts import layer_factors
 
 KEYS: Mapping[int, Sequence[LayerKey]] = {SD: SD15, XL: SDXL}
 W, C = 0.8, 0.3
@@ -273,11 +273,7 @@ def test_all_layers_alike_are_one_plan() -> None:
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.dictionaries(
-        st.integers(0, 15), st.floats(-5, 5, allow_nan=False).map(lambda x: x + 0.0), min_size=1, max_size=16
-    ).filter(lambda each: any(each.values()))
-)
+@given(layer_factors)
 def test_custom_text_round_trip(factors: dict[int, float]) -> None:
     text = write(factors)
     assert read(text) == text

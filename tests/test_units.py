@@ -29,6 +29,7 @@ from lib_ipadapter.units import (
     parse_script_args,
 )
 from tests.curve_points import curve_texts
+from tests.layer_texts import layer_texts
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 SHA256 = "0123456789abcdef" * 4
@@ -74,6 +75,8 @@ def units(draw: st.DrawFn) -> Unit:
         hires=draw(st.sampled_from(HIRES)),
         hires_scale=draw(st.floats(0, 5)),
         nested=draw(st.booleans()),
+        layers=draw(layer_texts),
+        composition_weight=draw(st.none() | st.floats(-5, 5)),
     )
 
 
@@ -129,6 +132,8 @@ def test_the_defaults_are_the_schema_s() -> None:
         "hires": "same",
         "hires_scale": 0.5,
         "nested": True,
+        "layers": "all",
+        "composition_weight": None,
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 
