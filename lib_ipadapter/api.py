@@ -15,11 +15,13 @@ from .encoding import resolve_uncond
 from .errors import IPAdapterError
 from .formulations import resolve_formulation
 from .hosts.base import UNetInfo
+from .layer_weights import effective, groups, on_unet
+from .layers import LAYOUTS
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
-from .progress import STEPS, Window
+from .progress import STEPS
 from .recognise import AdapterKind, recognise_adapter
-from .steps import STEPS_RANGE, acts_in, counted, never_acted, of_img2img, of_scheduler, of_sigmas
+from .steps import STEPS_RANGE, counted, curve_of, factors, never_acted, of_img2img, of_scheduler, of_sigmas, takes_part
 from .tensorfile import open_tensors
 from .units import SCHEMA_VERSION, ImageRef, Unit
 
@@ -97,9 +99,9 @@ class Answers:
         """What a unit would do: adapter, encoder, what ``auto`` means, steps, memory; or what is wrong.
 
         Fields: ``unit``; to be told the steps also ``steps`` and ``scheduler``, or the noise levels ``sigmas``, and for
-        img2img ``denoising_strength``.
+        img2img ``denoising_strength``. ``hires``: whether these are the steps of the hires pass.
         """
-        _only(asked, ("unit", "steps", "scheduler", "sigmas", "denoising_strength"))
+        _only(asked, ("unit", "steps", "scheduler", "sigmas", "denoising_strength", "hires"))
         if "unit" not in asked:
             raise IPAdapterError('The field "unit" is missing; allowed is a unit, as in a generation\'s arguments.')
         unit = Unit.from_json(asked["unit"])
@@ -129,6 +131,7 @@ class Answers:
             ],
             "acts": unit.enabled and bool(unit.acting_images),
             "steps": _steps(unit, asked),
+            "layers": _layers(unit, kind),
             "memory": _memory(unit, kind, uncond, info),
             "fits_checkpoint": None if info is None else True,
         }
@@ -220,7 +223,10 @@ def version() -> str:
 
 
 def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
-    """Of how many steps there are the numbers of those that the unit acts in; None if steps weren't asked for."""
+    """How many steps there are, in which of them the unit acts, and its weight in each; None if that wasn't asked."""
+    hires = asked.get("hires", False)
+    if not isinstance(hires, bool):
+        raise IPAdapterError(f'The field "hires" must be true or false: it is {hires!r:.40}.')
     if "sigmas" in asked:
         if "steps" in asked or "scheduler" in asked:
             raise IPAdapterError(
@@ -237,7 +243,7 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
             raise IPAdapterError(f'The field "scheduler" must be a text: it is {scheduler!r:.40}.')
         progress = of_scheduler(scheduler, count)
     else:
-        for name in ("scheduler", "denoising_strength"):
+        for name in ("scheduler", "denoising_strength", "hires"):
             if name in asked:
                 raise IPAdapterError(f'The field "{name}" says nothing without "steps": give the number of steps too.')
         return None
@@ -250,10 +256,18 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
         progress = of_img2img(progress, float(strength))
     if unit.timing == STEPS:
         progress = counted(len(progress))
-    acting = acts_in(Window(unit.start, unit.stop, unit.timing), progress)
-    if not acting:
-        raise IPAdapterError(never_acted(unit, (progress[0], progress[-1])))
-    return {"of": len(progress), "acting": acting}
+    found = factors(unit, progress, hires)
+    acting = [number for number, factor in enumerate(found, 1) if factor]
+    if not acting and takes_part(unit, hires):
+        raise IPAdapterError(never_acted(unit, (progress[0], progress[-1]), hires))
+    return {"of": len(progress), "acting": acting, "weights": [round(unit.weight * factor, 4) for factor in found]}
+
+
+def _layers(unit: Unit, kind: AdapterKind) -> list[dict[str, Any]]:
+    """The unit's own weight in each layer group."""
+    keys = LAYOUTS[len(kind.layer_widths)]
+    on_unet(unit.layers, keys, unit.weight or 1.0, unit.composition_weight, len(unit.acting_images))
+    return effective(unit.layers, unit.weight, unit.composition_weight, len(groups(keys)))
 
 
 def _levels(value: object) -> list[float]:
@@ -272,9 +286,13 @@ def _is_number(value: object) -> bool:
 
 def _memory(unit: Unit, kind: AdapterKind, uncond: str, info: UNetInfo | None) -> dict[str, int]:
     """Bytes of K and V on the device while sampling; the same at every size and batch."""
-    distinct = len({(image.data, image.sha256, image.crop, image.weight) for image in unit.acting_images})
-    shares = len({image.weight for image in unit.acting_images})
-    sets = distinct + (0 if uncond == "none" else shares)
+    acting = unit.acting_images
+    distinct = len({(image.data, image.sha256, image.crop, image.weight) for image in acting})
+    conds = 1 if distinct == 1 else len(acting)
+    unconds = 0 if uncond == "none" else 1 if len({image.weight for image in acting}) == 1 else len(acting)
+    sets = conds + unconds
+    if any(curve_of(unit, hires).only is None for hires in (False, True) if takes_part(unit, hires)):
+        sets *= 2  # those that a changing weight is brought into, and those beside them that it is brought in from
     number = HALF if info is None else info.dtype.itemsize
     return {"kv_bytes": sets * kind.tokens * 2 * sum(kind.layer_widths) * number}
 

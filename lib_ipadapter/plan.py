@@ -173,7 +173,7 @@ class Plan:
 
     joined: tuple[_Group, ...]
     """Every row of the batch once; empty when no joint unit acts."""
-    images: tuple[Mapping[int, Sequence[Tensor]], ...]
+    images: Mapping[int, Mapping[int, Sequence[Tensor]]]
     """For each layer, by role, K and V of each unit in ``joined``: ``[2, pictures, T, C]``."""
     text_tokens: int
     """Text tokens of the K that the host computes."""
@@ -186,6 +186,17 @@ class Plan:
     def idle(self) -> bool:
         """Nothing acts: the host's own attention is all there is to do."""
         return not self.joined and not self.added
+
+    def at(self, layer: int) -> Plan:
+        """What is done in one layer: the same in all of them."""
+        return self
+
+    @property
+    def memory(self) -> set[int]:
+        """The pieces of memory in which its image tokens are, as :meth:`torch.Tensor.untyped_storage` knows them."""
+        joined = [tensor for roles in self.images.values() for units in roles.values() for tensor in units]
+        added = [tensor for each in self.added for tensor in (*each.images.keys, *each.images.values)]
+        return {tensor.untyped_storage()._cdata for tensor in (*joined, *added)}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attention: Attention, replaced: Attention | None
@@ -292,6 +303,7 @@ def make_plan(
     call: Call,
     text_tokens: int,
     device: torch.device,
+    layers: Sequence[int] | None = None,
 ) -> Plan:
     """The plan for one kind of call.
 
@@ -301,13 +313,39 @@ def make_plan(
         call: the rows.
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
+        layers: those that it is for; None: all.
     """
     units = [each for unit in joint for each in _alike(unit) if any(map(each.get, call.roles))]
-    layers = len(next(iter(units[0].values()))[0].keys) if units else 0
+    if layers is None:
+        layers = range(len(next(iter(units[0].values()))[0].keys) if units else 0)
     joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device) if units else ()
-    images = [{role: _images(role, units, layer) for role in set(call.roles)} for layer in range(layers)]
+    images = (
+        {layer: {role: _images(role, units, layer) for role in set(call.roles)} for layer in layers} if units else {}
+    )
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
-    return Plan(tuple(joined), tuple(images), text_tokens, tuple(additions))
+    return Plan(tuple(joined), images, text_tokens, tuple(additions))
+
+
+@dataclass(frozen=True)
+class LayeredPlan:
+    """What is done in one kind of UNet call, where that isn't the same in all layers."""
+
+    plans: tuple[Plan, ...]
+    """By layer; one that several layers have is the same object."""
+
+    def at(self, layer: int) -> Plan:
+        """What is done in one layer."""
+        return self.plans[layer]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing acts in any layer."""
+        return all(plan.idle for plan in self.plans)
+
+    @property
+    def memory(self) -> set[int]:
+        """See :attr:`Plan.memory`."""
+        return set().union(*(plan.memory for plan in {id(plan): plan for plan in self.plans}.values()))
 
 
 def _real_text_tokens(call: Call, text_tokens: int) -> dict[int, int]:

@@ -36,16 +36,19 @@ from .hosts.base import UNetInfo
 from .infotext import Facts
 from .injection import Term
 from .kept import Kept
+from .layer_weights import on_unet
 from .library import Library
 from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
 from .recognise import AdapterKind, recognise_adapter
+from .reweighing import Unweighed
 from .rows import COND, UNCOND
+from .steps import curve_of
 from .tensorfile import open_tensors
 from .units import MIDDLE, Crop, ImageRef, Unit
-from .weighing import Weighed, weigh
+from .weighing import Weighed, arrange, weigh
 
 FileIdentity = tuple[str, int, int]
 
@@ -60,22 +63,25 @@ class PreparedUnit:
     uncond: str
     conds: tuple[ImageKV, ...]
     unconds: tuple[ImageKV, ...]
-    weighed: Weighed
+    weigh: Callable[[float | None], Weighed | Unweighed]
+    """All of them at a weight; None: at one that changes while sampling."""
     fingerprint: str
     hashes: tuple[str, ...]
     """Of the content of each picture of the unit, also those that take no part."""
     problems: tuple[str, ...] = ()
     """Why pictures couldn't be stored."""
 
-    @property
-    def window(self) -> Window:
-        """When it acts."""
-        return Window(self.unit.start, self.unit.stop, self.unit.timing)
+    def until(self, hires: bool) -> Window:
+        """The part of a pass behind which the unit doesn't act any more: up to its stop, or to its curve's last 0."""
+        return Window(0.0, min(self.unit.stop, curve_of(self.unit, hires).over), self.unit.timing)
 
-    def term(self, info: UNetInfo) -> Term:
-        """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
+    def term(self, info: UNetInfo, hires: bool) -> Term:
+        """The unit on a UNet in a pass; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
-        return Term(self.formulation, self.window, self.weighed)
+        window = Window(self.unit.start, self.unit.stop, self.unit.timing)
+        curve = curve_of(self.unit, hires)
+        only = curve.only
+        return Term(self.formulation, window, self.weigh(self.unit.weight * only if only else None), curve)
 
     @property
     def by_hash(self) -> Unit:
@@ -136,12 +142,30 @@ class Preparer:
         shares = tuple(image.weight for image in unit.acting_images)
         prompts = {COND: tuple(conds), UNCOND: unconds}
         widest = max(info.widths)
-        weighed = self._kept.get(
-            ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
-            lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
-        )
+        by_layer = on_unet(unit.layers, info.keys, unit.weight, unit.composition_weight, len(shares))
+        source = ("weighed", job.source(uncond), formulation.name, shares, widest, by_layer)
+
+        def make(weight: float) -> Weighed:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._kept.get(
+                    (*source, weight),
+                    lambda: weigh(prompts, formulation, weight, shares, widest, self._first, by_layer),
+                )
+
+        # The first pass's is made while there is time; what a later one has in its place, when that begins.
+        only = curve_of(unit, hires=False).only
+        made = {weight: make(weight) for weight in ([unit.weight * only] if only else [])}
+
+        def at(weight: float | None) -> Weighed | Unweighed:
+            if weight is None:
+                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest, by_layer)
+            if weight not in made:
+                made[weight] = make(weight)
+                self._kept.trim()
+            return made[weight]
+
         return PreparedUnit(
-            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.hashes, job.stored()
+            unit, kind, formulation, uncond, tuple(conds), unconds, at, fingerprint(path), job.hashes, job.stored()
         )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:

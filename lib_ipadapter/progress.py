@@ -18,7 +18,7 @@ LAST_TIMESTEP = 999
 
 # Sigmas travel through float32, so a timestep comes back with an error of about 1e-5; a threshold that coincides with
 # a call's progress must not be missed by that.
-_SLACK = 1e-6
+SLACK = 1e-6
 
 
 Progress = float | Callable[[], float]
@@ -101,6 +101,4 @@ class Window:
 
     def contains(self, progress: float) -> bool:
         """Whether a UNet call at ``progress`` lies in the window."""
-        return (self.start <= 0 or progress >= self.start - _SLACK) and (
-            self.stop >= 1 or progress < self.stop - _SLACK
-        )
+        return (self.start <= 0 or progress >= self.start - SLACK) and (self.stop >= 1 or progress < self.stop - SLACK)

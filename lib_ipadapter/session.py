@@ -23,7 +23,7 @@ from .library import Library
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
-from .steps import never_acted
+from .steps import never_acted, takes_part
 from .units import Unit
 
 # Attribute of the host's processing object that holds its run.
@@ -37,8 +37,12 @@ class _Run:
     units: list[PreparedUnit] = field(default_factory=list)
     passes: int = 0
     """Passes that have ended."""
+    acting: list[PreparedUnit] = field(default_factory=list)
+    """Those of the units that take part in the pass."""
+    hires: bool = False
+    """Whether it is the hires pass."""
     injection: Injection | None = None
-    """Has a term for each unit."""
+    """Has a term for each of those that act."""
     identity: object = None
     failed: bool = False
 
@@ -124,7 +128,8 @@ class Session:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
 
         Args:
-            units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part.
+            units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part, and
+                neither does one that isn't meant for jobs inside a job in such a one.
 
         Returns:
             What to write into the picture's parameters.
@@ -132,7 +137,10 @@ class Session:
         Raises:
             IPAdapterError: if a unit can't do what it was asked.
         """
-        active = {number: unit for number, unit in enumerate(units, 1) if unit.acting_images}
+        nested = not all(unit.nested for unit in units) and self._host.is_nested(p)
+        active = {
+            number: unit for number, unit in enumerate(units, 1) if unit.acting_images and (unit.nested or not nested)
+        }
         if not active:
             return {}
         info = self._host.unet_info(p)
@@ -152,6 +160,11 @@ class Session:
         run: _Run | None = getattr(p, _RUN, None)
         if run is not None and not run.failed:
             run.injection = None
+            run.hires = bool(getattr(p, "is_hr_pass", False))
+            run.acting = [each for each in run.units if takes_part(each.unit, run.hires)]
+            if not run.acting:
+                self._host.detach(p)
+                return
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -234,12 +247,16 @@ class Session:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
         before = run.injection
         seen = before.progress_seen() if before is not None else None
-        if before is not None and seen is not None and all(_is_over(each.window, before) for each in run.units):
+        if (
+            before is not None
+            and seen is not None
+            and all(_is_over(each.until(run.hires), before) for each in run.acting)
+        ):
             run.injection = None  # every unit has done its part, whatever the new UNet is
             return
         try:
             info = self._host.unet_info(p)
-            terms = [each.term(info) for each in run.units]
+            terms = [each.term(info, run.hires) for each in run.acting]
         except IPAdapterError as error:
             if seen is None:
                 raise
@@ -264,9 +281,9 @@ class Session:
         if injection is None:
             return
         run.passes += 1
-        for each, acted in zip(run.units, injection.acted, strict=True):
+        for each, acted in zip(run.acting, injection.acted, strict=True):
             if not acted:
-                sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing))
+                sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing), run.hires)
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
@@ -281,7 +298,7 @@ def _is_over(window: Window, injection: Injection) -> bool:
 
 def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it in the noise schedule."""
-    for each in run.units:
-        behind = each.unit.timing == NOISE and not Window(0.0, each.unit.stop).contains(first)
-        if run.passes == 0 and behind:
-            raise IPAdapterError(never_acted(each.unit, (first, 1.0)))
+    for each in run.acting:
+        until = each.until(run.hires)
+        if run.passes == 0 and until.timing == NOISE and not until.contains(first):
+            raise IPAdapterError(never_acted(each.unit, (first, 1.0), run.hires))

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import curves, layer_weights
 from .errors import IPAdapterError
 
 SCHEMA_VERSION = 1
@@ -27,11 +28,13 @@ SCHEMA_VERSION = 1
 UNIT_SLOTS = 10
 """How many units one generation can have: the number of positions that the script offers for them."""
 
-FORMULATIONS = ("auto", "joint", "decoupled")
+FORMULATIONS = ("auto", "joint", "decoupled", "K+V", "K+V with penalty", "K+mean(V) with penalty")
 UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
 PREPARATIONS = ("crop", "squash", "pad")
 TIMINGS = ("noise", "steps")
+HIRES = ("same", "scaled", "off")
 WEIGHT_RANGE = (-5.0, 5.0)
+HIRES_SCALE_RANGE = (0.0, 5.0)
 WINDOW_RANGE = (0.0, 1.0)
 
 # Names that other tools use for the same thing; they only make the hint of an error better, they are not
@@ -135,6 +138,12 @@ class Unit:
     0 ≤ start < stop ≤ 1; ``timing`` says what they are parts of: the noise schedule, or the steps of a pass.
     ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
     name as listed. ``preparation`` says how a picture that isn't square meets the image encoder.
+    ``curve`` is the text of factors of the weight along the same measure, see :mod:`.curves`; it and the window both
+    apply. In the hires pass ``hires_curve`` stands in its place, if there is one, and ``hires`` says whether the unit
+    acts there with the same weight, with ``hires_scale`` times as much, or not at all. ``nested`` says whether it acts
+    in jobs that an extension starts inside the job, a face detailer's, say. ``layers`` says how much of the weight each
+    layer group gets: a name or custom text, see :mod:`.layer_weights`; the types that know a ``composition_weight``
+    take the weight in its place while that is None.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -152,6 +161,13 @@ class Unit:
     negative: str = ""
     preparation: str = "crop"
     timing: str = "noise"
+    curve: str = ""
+    hires_curve: str = ""
+    hires: str = "same"
+    hires_scale: float = 0.5
+    nested: bool = True
+    layers: str = layer_weights.ALL
+    composition_weight: float | None = None
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
@@ -170,6 +186,16 @@ class Unit:
         _require_choice("uncond", self.uncond, UNCONDS)
         _require_choice("preparation", self.preparation, PREPARATIONS)
         _require_choice("timing", self.timing, TIMINGS)
+        for name in ("curve", "hires_curve"):
+            object.__setattr__(self, name, _as_curve(name, getattr(self, name)))
+        _require_choice("hires", self.hires, HIRES)
+        object.__setattr__(self, "hires_scale", _as_number("hires_scale", self.hires_scale, HIRES_SCALE_RANGE))
+        _require_bool("nested", self.nested)
+        _require_text("layers", self.layers)
+        object.__setattr__(self, "layers", layer_weights.read(self.layers))
+        if self.composition_weight is not None:
+            value = _as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
+            object.__setattr__(self, "composition_weight", value)
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
                 'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '
@@ -358,6 +384,13 @@ def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
             f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
         )
     return number + 0.0  # −0.0 becomes 0.0
+
+
+def _as_curve(name: str, value: object) -> str:
+    """``value`` as :func:`.curves.write` writes it, so that equal curves are equal texts."""
+    if not isinstance(value, str):
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a text such as "{curves.EXAMPLE}".')
+    return curves.write(curves.parse(value, name).points)
 
 
 def _as_crop(value: object) -> Crop:

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_ipadapter.curves import parse
 from lib_ipadapter.errors import IPAdapterError
-from lib_ipadapter.formulations import DECOUPLED, JOINT
+from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.hosts.a1111 import A1111Host
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import SD15, LayerKey
 from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
+from lib_ipadapter.reweighing import Unweighed
 from lib_ipadapter.rows import COND, UNCOND, Call
-from lib_ipadapter.weighing import weigh
+from lib_ipadapter.weighing import arrange, weigh
 from tests.bare_model import softmax_attention
 
 HEADS, CHANNELS, CONTEXT, QUERIES = 2, 6, 10, 3
@@ -307,6 +309,22 @@ def test_a_layer_against_the_formulas_in_float64(
             rows.append(softmax_attention(q[row], np.concatenate(keys), np.concatenate(values), HEADS) + added)
         wanted = to_out(unet, key, torch.from_numpy(np.stack(rows)).float())
         torch.testing.assert_close(found[number], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+def test_a_weight_that_changes_is_that_of_each_step(
+    webui: SimpleNamespace, unet: UNet, formulation: Formulation
+) -> None:
+    spec: Spec = (formulation, 0.6, (4, 4), (4, 4))
+    unweighed = Unweighed(arrange(prompts(spec, 0), (), COND), formulation, 0.6, WIDEST)
+    host, p = A1111Host(), job(unet)
+    host.attach(p, Injection([Term(formulation, Window(), unweighed, parse("0.5@0, 0@0.5, 1@1"))], LAYERS))
+    x, context = inputs(2, 7)
+    for progress, factor in ((0.0, 0.5), (0.25, 0.25), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)):
+        step(host, 1, 1)
+        found = call_unet(unet, x, context, 999 * (1 - progress))
+        wanted = Injection([], LAYERS) if not factor else injection_of([(formulation, 0.6 * factor, *spec[2:])])
+        assert_all_close(found, attended(unet, wanted, (COND, UNCOND), x, context))
 
 
 def test_prompts_of_other_lengths_in_one_step(webui: SimpleNamespace, unet: UNet) -> None:

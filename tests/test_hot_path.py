@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib_ipadapter import plan as plan_module
 from lib_ipadapter.attn2 import CurrentPlan, Replacement
+from lib_ipadapter.curves import parse
 from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.hosts import a1111
 from lib_ipadapter.hosts.base import UNetInfo
@@ -27,8 +28,9 @@ from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
 from lib_ipadapter.plan import ImageKV, Plan
 from lib_ipadapter.progress import Window
+from lib_ipadapter.reweighing import Unweighed
 from lib_ipadapter.rows import COND, UNCOND, Call
-from lib_ipadapter.weighing import weigh
+from lib_ipadapter.weighing import Weighed, arrange, weigh
 from tests.bare_model import LAYERS
 from tests.bench.unets import FAMILIES, Sampling, make_unet
 from tests.bench.variants import Variants
@@ -38,6 +40,9 @@ TEXT, QUERIES, TOKENS = 77, 8, 4
 
 # Operations that move something between devices, or wait for one.
 TRAFFIC = {"_to_copy", "copy_", "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
+
+
+READ = "item"
 
 
 class Operations(TorchDispatchMode):
@@ -82,6 +87,18 @@ def injection(
     prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
     weighed = weigh(prompts, formulation, 0.7, (), 1280, first)
     return Injection([Term(formulation, window, weighed)], len(LAYERS[layout]))
+
+
+def on_a_curve(layout: str, formulation: Formulation, pictures: int, curve: str, first: int = UNCOND) -> Injection:
+    """As a :class:`.preparer.PreparedUnit` makes it: weighed where the curve has one value, else unweighed."""
+    prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
+    parsed = parse(curve)
+    weighed: Weighed | Unweighed
+    if parsed.only:
+        weighed = weigh(prompts, formulation, 0.7 * parsed.only, (), 1280, first)
+    else:
+        weighed = Unweighed(arrange(prompts, (), first), formulation, 0.7, 1280)
+    return Injection([Term(formulation, Window(), weighed, parsed)], len(LAYERS[layout]))
 
 
 def no_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -195,6 +212,54 @@ def test_outside_its_window_a_unit_does_nothing_at_all(formulation: Formulation)
     assert made.acted == [False]
 
 
+# A weight that changes
+
+
+@pytest.mark.parametrize("curve", ["0.7@0", "0.7@0.2, 0.7@0.8", "0.7@0.9, 0@0.9", "0.2@0, 0.7@0.3, 0.7@0.6, 0@1"])
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_curve_adds_nothing_where_its_value_stays(formulation: Formulation, curve: str) -> None:
+    plain = steady("sdxl", injection("sdxl", formulation, 2), Call(rows(2), 0.5, EQUAL))
+    curved = steady("sdxl", on_a_curve("sdxl", formulation, 2, curve), Call(rows(2), 0.5, EQUAL))
+    assert (curved.order, curved.allocated) == (plain.order, plain.allocated)
+
+
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_curve_does_nothing_where_it_is_zero() -> None:
+    made = on_a_curve("sdxl", JOINT, 2, "0@0.6, 1@1")
+    assert steady("sdxl", made, Call(rows(2), 0.5, EQUAL)).counts == {}
+    assert made.acted == [False]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("pictures", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("formulation", "operations"),
+    [
+        (JOINT, {"mean": 1, "mul": 2, "sub": 1, "add": 1, "copy_": 2}),
+        (DECOUPLED, {"mul": 1, "copy_": 1}),
+    ],
+)
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_changed_weight_takes_a_few_large_operations_for_each_width(
+    formulation: Formulation, operations: dict[str, int], pictures: int, batch: int
+) -> None:
+    """All 70 layers, all pictures and both roles together; no plan is made anew, and the layers do what they did."""
+    call = Call(rows(batch), 0.1, EQUAL)
+    made = on_a_curve("sdxl", formulation, pictures, "0@0, 1@1")
+    unet = ComfyUNet("sdxl", made, call)
+    unet.step()
+    same = unet.step()
+    plans = dict(made._plans)
+    for progress in (0.3, 0.6):
+        object.__setattr__(call, "progress", progress)
+        changed = unet.step()
+        assert changed.counts - same.counts == Counter({name: 2 * count for name, count in operations.items()})
+        assert changed.order[-len(same.order) :] == same.order  # before the first layer
+        assert not ({"_to_copy", READ} & set(changed.counts))
+        assert made._plans == plans
+
+
 def storages(images: ImageKV) -> set[int]:
     return {t.untyped_storage()._cdata for kind in (images.keys, images.values) for t in kind}
 
@@ -215,8 +280,6 @@ def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pict
 
 
 # Reads of the device
-
-READ = "item"
 
 
 def waits_for_nothing() -> float:

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
-from lib_ipadapter.units import PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, Unit
+from lib_ipadapter.units import HIRES, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, Unit
+from tests.curve_points import curve_texts
 from tests.embedded.infotext import create_infotext, parse_generation_parameters
+from tests.layer_texts import layer_texts
 
 HASH = "0123456789abcdef" * 4
 ODD = ",:\"\\\n\r\t[]() '{}<>&;=äß日本\U0001f600\u00a0\u2028\x00\x1f"
@@ -75,6 +77,13 @@ def units(draw: st.DrawFn) -> Unit:
         negative=draw(texts) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
         timing=draw(st.sampled_from(TIMINGS)),
+        curve=draw(curve_texts),
+        hires_curve=draw(curve_texts),
+        hires=draw(st.sampled_from(HIRES)),
+        hires_scale=draw(st.floats(0, 5)),
+        nested=draw(st.booleans()),
+        layers=draw(layer_texts),
+        composition_weight=draw(st.none() | st.floats(-5, 5)),
     )
 
 

@@ -43,10 +43,10 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_there_are_as_many_examples_as_are_run() -> None:
-    assert (len(REQUESTS), len(PYTHON)) == (3, 2)
+    assert (len(REQUESTS), len(PYTHON)) == (5, 2)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", range(len(REQUESTS) - 1))
 def test_requests(host: Host, number: int) -> None:
     wanted = REQUESTS[number]
     client = Client(host.app)
@@ -74,7 +74,7 @@ def test_the_defaults_are_those_shown() -> None:
 
 
 def test_a_request_that_cannot_be_met(host: Host) -> None:
-    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[2]), "picture")
+    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[-1]), "picture")
 
 
 def test_the_table_has_every_route() -> None:
@@ -96,6 +96,8 @@ def test_check(host: Host) -> None:
     answer = client.post("/ip-adapter/check", json=CHECK).json()
     assert re.fullmatch("[0-9a-f]{64}", answer["pictures"][0]["sha256"])
     answer["pictures"][0]["sha256"] = "<64 hexadecimal digits>"
+    assert len(answer["layers"]) == 16
+    answer["layers"][1:] = ["…"]
     assert answer == CHECKED
     refused(client.post("/ip-adapter/check", json=CHECK | {"scheduler": "fast"}), '"fast"')
 

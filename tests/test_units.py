@@ -17,6 +17,7 @@ from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.units import (
     FOREIGN_NAMES,
     FORMULATIONS,
+    HIRES,
     MIDDLE,
     PREPARATIONS,
     SCHEMA_VERSION,
@@ -27,6 +28,8 @@ from lib_ipadapter.units import (
     Unit,
     parse_script_args,
 )
+from tests.curve_points import curve_texts
+from tests.layer_texts import layer_texts
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 SHA256 = "0123456789abcdef" * 4
@@ -67,6 +70,13 @@ def units(draw: st.DrawFn) -> Unit:
         negative=draw(any_text.filter(bool)) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
         timing=draw(st.sampled_from(TIMINGS)),
+        curve=draw(curve_texts),
+        hires_curve=draw(curve_texts),
+        hires=draw(st.sampled_from(HIRES)),
+        hires_scale=draw(st.floats(0, 5)),
+        nested=draw(st.booleans()),
+        layers=draw(layer_texts),
+        composition_weight=draw(st.none() | st.floats(-5, 5)),
     )
 
 
@@ -117,6 +127,13 @@ def test_the_defaults_are_the_schema_s() -> None:
         "negative": "",
         "preparation": "crop",
         "timing": "noise",
+        "curve": "",
+        "hires_curve": "",
+        "hires": "same",
+        "hires_scale": 0.5,
+        "nested": True,
+        "layers": "all",
+        "composition_weight": None,
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 

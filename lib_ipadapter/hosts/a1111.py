@@ -19,14 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import IPAdapterError
 from ..injection import Injection
 from ..layout import KEYS, VALUES
-from ..plan import Plan
+from ..plan import LayeredPlan, Plan
 from ..progress import Progress, executed, known, progress_of_timestep
 from ..rows import COND, Call
 from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, wrap_sampler
+from .job import fail, is_nested, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -120,6 +120,10 @@ class A1111Host(ModelFolders):
         """See :class:`.base.Host`. The page shows exceptions here."""
         return False
 
+    def is_nested(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return is_nested(p)
+
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
         p.comment(message)
@@ -135,7 +139,7 @@ class _Hooks:
         self._cursor = 0
         self._executed: float | None = None
         self._call: Call | None = None
-        self._plan: Plan | None = None
+        self._plan: Plan | LayeredPlan | None = None
         self._q: dict[int, Tensor] = {}
         self._k: dict[int, Tensor] = {}
         self._text_tokens = 0
@@ -178,7 +182,7 @@ class _Hooks:
         self._call = Call(roles, progress, executed=self._executed)
         self._plan = None
 
-    def _current(self, text: Tensor) -> Plan:
+    def _current(self, layer: int, text: Tensor) -> Plan:
         """The plan of this UNet call, for a layer whose projected text is ``text [R, M, C]``."""
         rows = len(self._call.roles) if self._call is not None else 0
         if self._call is None or text.shape[0] != rows:
@@ -188,24 +192,25 @@ class _Hooks:
             )
         if self._plan is None:
             self._plan = self._injection.plan(self._call, text.shape[1], text.device, text.dtype)
-        return self._plan
+        return self._plan.at(layer)
 
     def _hook_layer(self, layer: int, attn2: Any) -> None:
         def after_q(module: nn.Module, args: Any, q: Tensor) -> None:
             self._q[layer] = q
 
         def after_k(module: nn.Module, args: Any, k: Tensor) -> Tensor | None:
-            plan = self._current(k)
+            plan = self._current(layer, k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
             return plan.extended(layer, KEYS, k)[0][0] if plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
-            plan = self._current(v)
+            plan = self._current(layer, v)
             return plan.extended(layer, VALUES, v)[0][0] if plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            q, plan = self._q.pop(layer), self._plan
+            q = self._q.pop(layer)
+            plan = None if self._plan is None else self._plan.at(layer)
             if plan is None or plan.idle or (plan.uniform and not plan.added):
                 return None
             out = args[0]

@@ -85,3 +85,6 @@ class Host(Protocol):
 
     def comment(self, p: Any, message: str) -> None:
         """Shows a sentence under the gallery; the job goes on."""
+
+    def is_nested(self, p: Any) -> bool:
+        """Whether an extension started ``p`` inside another job, as face detailers do."""

@@ -24,7 +24,7 @@ from ..texts import roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_inside_another, skip_sampling, wrap_sampler
+from .job import fail, is_inside_another, is_nested, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -211,6 +211,10 @@ class ComfyHost(ModelFolders):
         unet = _unet(p).clone()
         unet.model_options = {**unet.model_options, "model_function_wrapper": raiser}
         p.sd_model.forge_objects.unet = unet
+
+    def is_nested(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return is_nested(p)
 
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""

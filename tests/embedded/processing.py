@@ -244,7 +244,7 @@ def process_images(p: Processing) -> Processed:
             host.opts.set(key, value, is_api=True, run_callbacks=False)
         p.sampler_name, p.scheduler = resolve(p.sampler_name, p.scheduler)
         with host.running(p):
-            return _process(p)
+            return process_images_inner(p)
     finally:
         if p.override_settings_restore_afterwards:
             for key, value in stored.items():
@@ -255,7 +255,8 @@ def _fixed_seed(seed: Any) -> int:
     return random.randrange(4294967294) if seed in (None, "", -1) else int(seed)
 
 
-def _process(p: Processing) -> Processed:
+def process_images_inner(p: Processing) -> Processed:
+    """The job itself; what it is called in real hosts, where jobs are found by it on the stack."""
     host, state = p.host, p.host.state
     seed, subseed = _fixed_seed(p.seed), _fixed_seed(p.subseed)
     p.setup_prompts()
