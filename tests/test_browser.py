@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tests import version_sets
+
 ROOT = Path(__file__).parent.parent
 UNIT = "#script_txt2img_ipadapter_unit_1_"
 SLOT = "#script_txt2img_ipadapter_slot_1 :is(textarea, input)"
@@ -37,11 +39,16 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a host that runs in a process of its own."""
+@pytest.fixture(scope="module", params=["gradio 4", "gradio 3"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a host that runs in a process of its own, with the gradio of one half of the WebUIs."""
     command = [sys.executable, "-u", "-m", "tests.embedded", "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    if request.param == "gradio 3":
+        if sys.prefix == sys.base_prefix:
+            pytest.skip("gradio 3 is laid over an environment and this Python is none: run it through dev.py test.")
+        folder = version_sets.made("gradio 3", Path(sys.prefix, "version-sets", "gradio3"), version_sets.GRADIO_3)
+        environment["PYTHONPATH"] = str(folder)
     running = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -65,7 +65,11 @@ class Page:
         On the hosts gradio has set the paths before extensions may add to them; here it does so last.
         """
         blocked, data = list(self.blocks.blocked_paths), str(self.host.cmd_opts.data_dir)
-        gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
+        if GRADIO_3:
+            self.blocks.allowed_paths = [data]
+            gr.mount_gradio_app(app, self.blocks, path="/")
+        else:
+            gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
 
     def _own_head(self) -> dict[str, Any]:
         """Gradio 4 takes what stands in the page's head; gradio 3 doesn't, so its template is given it."""

@@ -54,12 +54,12 @@ function get_uiCurrentTabContent() {
 function inputAccordionChecked(id, checked) {
   const visible = document.getElementById(id + "-visible-checkbox");
   if (visible) visible.checked = checked;
-  const button = document.querySelector("#" + CSS.escape(id) + " button.label-wrap");
+  const button = document.querySelector("#" + CSS.escape(id) + " .label-wrap");
   if (button && button.classList.contains("open") !== checked) button.click();
 }
 
 function setUpInputAccordion(accordion) {
-  const button = accordion.querySelector("button.label-wrap");
+  const button = accordion.querySelector(".label-wrap");
   const hidden = document.querySelector("#" + CSS.escape(accordion.id) + "-checkbox input");
   if (!button || !hidden || accordion.dataset.ready) return;
   accordion.dataset.ready = "1";
