@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import os
@@ -128,6 +129,19 @@ def check(slot: str) -> str:
     except IPAdapterError as error:
         return note(str(error))
     return ""
+
+
+def has_file(slot: str) -> bool:
+    """Whether a unit's slot names a negative file."""
+    try:
+        return bool(Unit.from_json(slot).negative) if slot else False
+    except IPAdapterError:
+        return True  # what can't be read isn't changed
+
+
+def digest(listed: object) -> str:
+    """A short text that is another one when what the page lists has changed."""
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def remark(text: str) -> str:

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ class Page:
             for name in ("txt2img", "img2img"):
                 with gr.Tab(name, id=name, elem_id=f"tab_{name}"):
                     self._tab(name)
+            with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
+                self._png_info()
             for extra in host.callbacks.run("ui_tabs"):
                 for blocks, title, ident in extra or []:
                     with gr.Tab(title, id=ident, elem_id=f"tab_{ident}"):
@@ -173,6 +176,7 @@ class Page:
                     height=512,
                     **({} if GRADIO_3 else {"format": "png"}),
                 )
+                gr.Row(elem_id=f"image_buttons_{name}", elem_classes=["image-buttons"])
                 info = gr.Textbox(visible=False, elem_id=f"generation_info_{name}")
                 html_info = gr.HTML(elem_id=f"html_info_{name}", elem_classes=["infotext"])
                 html_log = gr.HTML(elem_id=f"html_log_{name}")
@@ -182,6 +186,19 @@ class Page:
         interrupt.click(self.host.state.interrupt, [], [], api_name=False, queue=False)
         pasted = [component for component, _ in self.paste_fields(name)]
         paste.click(lambda text: self._paste(name, text), [tab.fields["prompt"]], pasted, api_name=False)
+
+    def _png_info(self) -> None:
+        """The parameters that a picture's file has in it, and the buttons that paste them into a tab."""
+        sources = {} if GRADIO_3 else {"sources": ["upload"]}
+        image = gr.Image(label="Source", type="pil", elem_id="pnginfo_image", **sources)
+        text = gr.Textbox(label="Parameters", elem_id="pnginfo_generation_info", interactive=False)
+        image.change(lambda file: file.info.get("parameters", "") if file else "", [image], [text], api_name=False)
+        with gr.Row(elem_classes=["image-buttons"]):
+            for name in self.tabs:
+                send = gr.Button(f"Send to {name}", elem_id=f"{name}_tab")
+                pasted = [component for component, _ in self.paste_fields(name)]
+                js = {"_js" if GRADIO_3 else "js": f"(...values) => {{ switch_to_{name}(); return values; }}"}
+                send.click(partial(self._paste, name), [text], pasted, api_name=False, **js)
 
     def _hires(self, add: Callable[..., None]) -> None:
         from .components import InputAccordion

@@ -43,6 +43,15 @@ function updateInput(target) {
   target.dispatchEvent(event);
 }
 
+function switchTo(number) {
+  document.querySelectorAll("#tabs > .tab-nav > button")[number].click();
+}
+function switch_to_txt2img() {
+  switchTo(0);
+}
+function switch_to_img2img() {
+  switchTo(1);
+}
 function get_uiCurrentTab() {
   return gradioApp().querySelector("#tabs > .tab-nav > button.selected");
 }
