@@ -61,6 +61,7 @@ var ipAdapter = (() => {
 
     function write(id, intents, args) {
         const controls = args.slice(0, NAMES.length);
+        controls[2] = (controls[2] || "").replace(/ \(doesn't fit: [^()]*\)$/, "");  // gradio 3: the label is the value
         const text = unitText(controls, args[NAMES.length] || "");
         slots[id] = text;
         refresh(id, controls);

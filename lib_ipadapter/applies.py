@@ -27,7 +27,9 @@ def files_for(kind: AdapterKind, negatives: Mapping[str, int]) -> dict[str, list
     Args:
         negatives: width of the image tokens of each negative file.
     """
-    return {"negative": sorted((name for name, width in negatives.items() if width == kind.context_width), key=str.lower)}
+    return {
+        "negative": sorted((name for name, width in negatives.items() if width == kind.context_width), key=str.lower)
+    }
 
 
 def values_for(files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

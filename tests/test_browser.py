@@ -242,7 +242,7 @@ def test_a_pasted_infotext_makes_the_picture_again_in_a_fresh_page(
 
 
 def test_a_paste_says_which_picture_is_missing_and_which_unit_has_no_tab(page: Any) -> None:
-    paste(page, f"a\nSteps: 2, Seed: 1, Size: 64x64, IP-Adapter 7: \"model: {MODEL}, picture 1: {'0' * 64}\"")
+    paste(page, f'a\nSteps: 2, Seed: 1, Size: 64x64, IP-Adapter 7: "model: {MODEL}, picture 1: {"0" * 64}"')
     page.wait_for_selector(f"#script_txt2img_ipadapter_paste_note :text('{'0' * 64}')")
     page.wait_for_selector("#script_txt2img_ipadapter_paste_note :text('7 have no tab')")
     until(page, "() => document.querySelector('.ip-adapter-badge').textContent === '1'")
@@ -369,7 +369,9 @@ def test_a_picture_is_pasted_from_the_clipboard_into_the_unit_under_the_pointer(
 
 
 def test_a_picture_is_dragged_from_the_gallery_into_a_unit(page: Any) -> None:
+    page.uncheck(f"{ACCORDION}-visible-checkbox")
     made = generate(page)
+    page.check(f"{ACCORDION}-visible-checkbox")
     page.drag_and_drop("#txt2img_gallery img", f"{UNIT}model")
     pictures(page, 1)
     assert slot(page)["images"] == [{"sha256": picture_hash(read_picture(made))}]
@@ -416,7 +418,9 @@ def test_only_what_applies_is_enabled(page: Any, host: Running, files: list[str]
         has(page, "negative", "fits.safetensors")
         assert not disabled(page, negative)
         page.click(negative)
-        assert page.locator(f"{UNIT}negative li, {UNIT}negative [role=option]").all_inner_texts() == ["✓\nfits.safetensors"]
+        assert page.locator(f"{UNIT}negative li, {UNIT}negative [role=option]").all_inner_texts() == [
+            "✓\nfits.safetensors"
+        ]
     finally:
         for name in ("fits", "other"):
             (host.models / "ipadapter" / f"{name}.safetensors").unlink()

@@ -175,7 +175,7 @@ def _build_unit(
         model = gr.Dropdown(
             label="Model",
             info="Adapters that fit the loaded checkpoint.",
-            choices=list(names),
+            choices=_choices(names),
             value=names[0][1] if names else None,
             allow_custom_value=True,  # a pasted name that isn't there stays, and is said to be missing
             elem_id=elem_id("model"),
@@ -362,23 +362,24 @@ def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> Non
 
 
 def _connect_lists(files: FileLists, units: Sequence[_Lists], elem_id: Callable[[str], str]) -> None:
-    """Model and what hangs on it, by a unit's own buttons, and by the page's wish when the checkpoint may be another."""
+    """Model and what hangs on it, by a unit's own buttons, and when the page asks whether the checkpoint is another."""
 
-    def describe(name: str | None) -> str:
+    def describe(name: str) -> str:
         if name and name not in files.adapters():
             return handlers.note(f"There is no model {name} here now: choose another, or put it into its folder.")
-        misfit = files.misfit(name or "")
-        return handlers.note(misfit) if misfit else handlers.remark(files.describe(name or ""))
+        misfit = files.misfit(name)
+        return handlers.note(misfit) if misfit else handlers.remark(files.describe(name))
 
-    def chosen(name: str | None, negative: str | None, slot: str) -> tuple[Any, ...]:
-        facts = files.applies(name or "")
+    def chosen(label: str | None, negative: str | None, slot: str) -> tuple[Any, ...]:
+        name = handlers.model_name(label)
+        facts = files.applies(name)
         listed = facts["files"]["negative"]
         # What a unit was given stays, also where it doesn't fit: the job says so.
         stays = negative in listed or not listed or handlers.has_file(slot)
         return describe(name), json.dumps(facts), gr.update(choices=listed, **({} if stays else {"value": listed[0]}))
 
     def read(everything: bool, name: str | None, negative: str | None, slot: str) -> tuple[Any, ...]:
-        return gr.update(choices=files.choices(everything)), *chosen(name, negative, slot)
+        return gr.update(choices=_choices(files.choices(everything))), *chosen(name, negative, slot)
 
     def look(_: str, seen: str, *values: Any) -> tuple[Any, ...]:
         now = handlers.digest([files.choices(True), files.choices(False), files.negatives()])
@@ -386,16 +387,17 @@ def _connect_lists(files: FileLists, units: Sequence[_Lists], elem_id: Callable[
             return seen, *(gr.update() for _ in range(4 * len(units)))
         updates: list[Any] = []
         for n in range(0, len(values), 4):
-            everything, name, negative, slot = values[n : n + 4]
+            everything, label, negative, slot = values[n : n + 4]
             choices = files.choices(everything)
-            fitting = [each for _, each in choices]
+            fitting = [name for _, name in files.choices(False)]
             # A unit without pictures has no model yet that somebody wants.
-            other = fitting[0] if fitting and name not in fitting and not slot else name
-            updates += [gr.update(choices=choices, value=other), *chosen(other, negative, slot)]
+            other = fitting[0] if fitting and handlers.model_name(label) not in fitting and not slot else label
+            updates += [gr.update(choices=_choices(choices), value=other), *chosen(other, negative, slot)]
         return now, *updates
 
     for unit in units:
-        unit.kind.value, unit.facts.value = describe(unit.model.value), json.dumps(files.applies(unit.model.value or ""))
+        name = unit.model.value or ""
+        unit.kind.value, unit.facts.value = describe(name), json.dumps(files.applies(name))
         inputs, outputs = [unit.model, unit.negative, unit.slot], [unit.kind, unit.facts, unit.negative]
         unit.model.change(fn=chosen, inputs=inputs, outputs=outputs, **_QUIET)
         for event in (unit.refresh.click, unit.everything.change):
@@ -405,6 +407,11 @@ def _connect_lists(files: FileLists, units: Sequence[_Lists], elem_id: Callable[
     inputs = [each for unit in units for each in (unit.everything, unit.model, unit.negative, unit.slot)]
     outputs = [each for unit in units for each in (unit.model, unit.kind, unit.facts, unit.negative)]
     wish.change(fn=look, inputs=[wish, seen, *inputs], outputs=[seen, *outputs], **_QUIET)
+
+
+def _choices(labelled: Sequence[tuple[str, str]]) -> list[Any]:
+    """A dropdown's choices: gradio 3 knows no labels beside the values, so there the label is the value."""
+    return [label if _GRADIO_3 else (label, name) for label, name in labelled]
 
 
 def _unit_id(elem_id: Callable[[str], str], number: int, name: str) -> str:

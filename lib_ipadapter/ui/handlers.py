@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -129,6 +130,14 @@ def check(slot: str) -> str:
     except IPAdapterError as error:
         return note(str(error))
     return ""
+
+
+_REASON = re.compile(r" \(doesn't fit: [^()]*\)$")
+
+
+def model_name(label: str | None) -> str:
+    """The name of a model in the list's label, which has the reason behind it where the model doesn't fit."""
+    return _REASON.sub("", label or "")
 
 
 def has_file(slot: str) -> bool:

@@ -244,7 +244,7 @@ class Page:
             result = ([], "", "", f"<div class='error'>{message}</div>")
         finally:
             host.state.skipped = host.state.interrupted = host.state.stopping_generation = False
-        taken = f"<div class='performance'><p class='time'>Time taken: {time.perf_counter() - begun:.1f} sec.</p></div>"
+        taken = f"<div class='performance'><p class='time'>Time taken: {time.perf_counter() - begun:.3f} sec.</p></div>"
         return (*result[:3], result[3] + taken)
 
     def paste_fields(self, name: str) -> list[tuple[Any, Any]]:
