@@ -155,21 +155,48 @@ var ipAdapter = (() => {
         return [];
     }
 
+    const tabOf = (id) => (id.includes("img2img") ? "img2img" : "txt2img");
+    const schedules = {};  // by tab: what the server says of the steps that the host's controls describe
+
     function drawSteps(unit, start, stop, timing) {
         const line = find(unit + "steps");
-        const field = find((unit.includes("img2img") ? "img2img" : "txt2img") + "_steps")?.querySelector("input");
-        const steps = Math.round(Number(field && field.value));
         if (!line) return;
         line.dataset.window = JSON.stringify([start, stop, timing]);
-        const acting = [];
-        for (let i = 0; i < steps; i++) if (i / steps >= start && (i / steps < stop || stop >= 1)) acting.push(i + 1);
-        let text = "No step lies between start and stop.";
-        if (!steps) text = "";
-        else if (acting.length) {
-            const about = timing === "steps" ? "" : "about ";
-            text = `Acts in ${about}steps ${acting[0]} to ${acting[acting.length - 1]} of ${steps}.`;
-        }
-        line.textContent = text;
+        const { progress, exact } = schedules[tabOf(unit)] || {};
+        line.textContent = "";
+        if (!progress) return;
+        const acting = progress
+            .map((now, i) => [timing === "steps" ? i / progress.length : now, i + 1])
+            .filter(([now]) => (start <= 0 || now >= start - 1e-6) && (stop >= 1 || now < stop - 1e-6))
+            .map(([_, number]) => number);
+        const about = exact || timing === "steps" ? "" : "about ";
+        line.textContent = acting.length
+            ? `Acts in ${about}steps ${acting[0]} to ${acting[acting.length - 1]} of ${progress.length}.`
+            : "No step lies between start and stop.";
+    }
+
+    // The host's controls by the end of their id.
+    const valueOf = (id) => find(id)?.querySelector("input:checked, input:not([type=radio])")?.value;
+
+    function askSchedule(tab) {
+        const steps = Number(valueOf(`${tab}_steps`));
+        if (!isOpen(prefixIn(tab)) || !(steps >= 1)) return;
+        const asked = { sampler: valueOf(`${tab}_sampling`) || "", scheduler: valueOf(`${tab}_scheduler`) || "", steps: Math.round(steps) };
+        if (tab === "img2img") asked.strength = Number(valueOf("img2img_denoising_strength") ?? 1);
+        const text = JSON.stringify(asked);
+        if (schedules[tab]?.wanted === text) return;
+        schedules[tab] = { ...schedules[tab], wanted: text };
+        setText(prefixIn(tab) + "schedule_wanted", text);
+    }
+
+    function schedule(id, text) {
+        const tab = tabOf(id);
+        const answer = parse(text);
+        if (answer && answer.asked !== schedules[tab]?.wanted) return [];
+        schedules[tab] = { wanted: schedules[tab]?.wanted, ...answer };
+        for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
+            drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
+        return [];
     }
 
     const cropOf = (entry) => (entry && entry.crop) || [0.5, 0.5, 1];
@@ -379,12 +406,11 @@ var ipAdapter = (() => {
         event.preventDefault();
         give(unit, address);
     });
-    document.addEventListener("input", (event) => {
-        const tab = event.target.closest?.("#txt2img_steps, #img2img_steps")?.id.replace("_steps", "");
-        if (!tab) return;
-        for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
-            drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
-    });
+    const askSchedules = () => ["txt2img", "img2img"].forEach(askSchedule);
+
+    document.addEventListener("input", () => setTimeout(askSchedules));
+    if (typeof onAfterUiUpdate === "function") onAfterUiUpdate(askSchedules);
+
     // The checkpoint may be another one than when the models were listed: asked when the accordion opens, when a
     // model is about to be chosen, and when the host says that its settings changed.
     const isOpen = (prefix) => Boolean(find(prefix + "accordion")?.querySelector(".ip-adapter-unit")?.offsetParent);
@@ -395,7 +421,10 @@ var ipAdapter = (() => {
 
     function follows(prefix) {
         const accordion = find(prefix + "accordion");
-        accordion?.querySelector(".label-wrap")?.addEventListener("click", () => setTimeout(() => isOpen(prefix) && look(prefix)));
+        accordion?.querySelector(".label-wrap")?.addEventListener("click", () => setTimeout(() => {
+            if (isOpen(prefix)) look(prefix);
+            askSchedules();
+        }));
         accordion?.addEventListener("focusin", (event) => event.target.closest('[id$="_model"]') && look(prefix));
         if (typeof onOptionsChanged === "function") onOptionsChanged(() => isOpen(prefix) && look(prefix));
     }
@@ -412,5 +441,5 @@ var ipAdapter = (() => {
             addButtons();
         });
 
-    return { unitText, shown, write, follow, unseen, apply, previews, join };
+    return { unitText, shown, write, follow, unseen, apply, schedule, previews, join };
 })();

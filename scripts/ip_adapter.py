@@ -202,7 +202,14 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
             "formulation": getattr(shared.opts, NEW_FORMULATION, units.FORMULATIONS[0]),
         }
         components: list[Any] = accordion.build(
-            session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
+            session,
+            InputAccordion,
+            self.elem_id,
+            ToolButton,
+            downloader,
+            shown,
+            new,
+            _part("hosts.schedules").progress_of_pass,
         )
         self.infotext_fields, self.paste_field_names = _paste_fields(components, shown)
         return components

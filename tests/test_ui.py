@@ -332,7 +332,7 @@ def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 9 + 2
+    assert len(server) == len(VISIBLE) * 9 + 3
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False

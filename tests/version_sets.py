@@ -39,7 +39,7 @@ def pins_of(lock: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
-GRADIO_3 = VersionSet(pins_of(ROOT / "requirements-gradio3.lock"), 50)
+GRADIO_3 = VersionSet(pins_of(ROOT / "tests" / "requirements-gradio3.lock"), 50)
 """Beside which the embedded host runs with its page: diffusers refuses the oldest safetensors."""
 
 SETS = {

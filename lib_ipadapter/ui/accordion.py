@@ -82,6 +82,7 @@ def build(
     downloads: Downloads | None = None,
     shown: int = VISIBLE_UNITS,
     start_with: Mapping[str, Any] | None = None,
+    progress_of_pass: Callable[[str, str, int], list[float] | None] = lambda *_: None,
 ) -> list[Any]:
     """Build the accordion in the gradio context at hand and return the script's argument components.
 
@@ -92,6 +93,8 @@ def build(
         tool_button: the WebUI's small button.
         downloads: gets models; the page has no 'Get models' without it.
         shown: how many units have a tab.
+        progress_of_pass: progress of every step by names of sampler and scheduler and number of steps, where the WebUI
+            tells it.
         start_with: what the controls of a new unit begin with where it isn't the schema's default.
 
     Returns:
@@ -126,6 +129,7 @@ def build(
             note = f"(text) => ipAdapter.unseen({json.dumps(elem_id(f'slot_{number}'))}, text)"
             slot.change(fn=None, inputs=[slot], outputs=[], **_QUIET, **{_JS: note})
         _connect_lists(files, built, elem_id)
+        _connect_schedule(progress_of_pass, elem_id)
         _build_kept(elem_id)
         if downloads is not None:
             _build_downloads(downloads, elem_id)
@@ -407,6 +411,16 @@ def _connect_lists(files: FileLists, units: Sequence[_Lists], elem_id: Callable[
     inputs = [each for unit in units for each in (unit.everything, unit.model, unit.negative, unit.slot)]
     outputs = [each for unit in units for each in (unit.model, unit.kind, unit.facts, unit.negative)]
     wish.change(fn=look, inputs=[wish, seen, *inputs], outputs=[seen, *outputs], **_QUIET)
+
+
+def _connect_schedule(
+    progress_of_pass: Callable[[str, str, int], list[float] | None], elem_id: Callable[[str], str]
+) -> None:
+    """The page asks which steps a pass has when the controls of that, which are the host's, have other values."""
+    asked, told = _hidden("Schedule wanted", elem_id("schedule_wanted")), _hidden("Schedule", elem_id("schedule"))
+    asked.change(fn=lambda text: handlers.schedule(text, progress_of_pass), inputs=[asked], outputs=[told], **_QUIET)
+    script = f"(text) => ipAdapter.schedule({json.dumps(elem_id('accordion'))}, text)"
+    told.change(fn=None, inputs=[told], outputs=[], **_QUIET, **{_JS: script})
 
 
 def _choices(labelled: Sequence[tuple[str, str]]) -> list[Any]:

@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from .. import pictures, references
 from ..errors import IPAdapterError
+from ..steps import SCHEDULERS, STEPS_RANGE, of_img2img, of_scheduler
 from ..units import ImageRef, Unit
 
 # Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
@@ -138,6 +139,34 @@ _REASON = re.compile(r" \(doesn't fit: [^()]*\)$")
 def model_name(label: str | None) -> str:
     """The name of a model in the list's label, which has the reason behind it where the model doesn't fit."""
     return _REASON.sub("", label or "")
+
+
+def schedule(asked: str, progress_of_pass: Callable[[str, str, int], list[float] | None]) -> str:
+    """Progress of every step of the pass that the page's controls describe.
+
+    Args:
+        asked: JSON with ``sampler``, ``scheduler``, ``steps``, and ``strength`` for img2img.
+        progress_of_pass: what the WebUI's own tables say, None where they say nothing.
+
+    Returns:
+        JSON: ``asked``, ``progress``, and whether that is ``exact``; '' for what nobody can be asked.
+    """
+    try:
+        values = json.loads(asked)
+        sampler, scheduler, count = str(values["sampler"]), str(values["scheduler"]), int(values["steps"])
+        strength = values.get("strength")
+        if not STEPS_RANGE[0] <= count <= STEPS_RANGE[1]:
+            return ""
+        progress = progress_of_pass(sampler, scheduler, count)
+        exact = progress is not None
+        if progress is None:
+            name = scheduler.lower().replace(" ", "_")
+            progress = of_scheduler(name if name in SCHEDULERS else "uniform", count)
+        if strength is not None:
+            progress = of_img2img(progress, float(strength))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return json.dumps({"asked": asked, "progress": progress, "exact": exact})
 
 
 def has_file(slot: str) -> bool:

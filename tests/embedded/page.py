@@ -163,7 +163,7 @@ class Page:
                     add("cfg_scale", cfg, "CFG scale")
                     if name == "img2img":
                         strength = gr.Slider(
-                            0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoise"
+                            0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoising_strength"
                         )
                         add("denoising_strength", strength, "Denoising strength")
                     add("seed", gr.Number(-1, label="Seed", precision=0, elem_id=f"{name}_seed"), "Seed")
