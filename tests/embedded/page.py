@@ -122,6 +122,8 @@ class Page:
                 generate = gr.Button("Generate", variant="primary", elem_id=f"{name}_generate")
                 interrupt = gr.Button("Interrupt", elem_id=f"{name}_interrupt")
                 paste = gr.Button("↙", elem_id=f"{name}_paste", elem_classes=["tool"])
+        runner = self.host.runners[name]
+        runner.prepare_ui()
         with gr.Row():
             with gr.Column(elem_id=f"{name}_settings"):
                 if name == "img2img":
@@ -149,6 +151,7 @@ class Page:
                     )
                     steps = gr.Slider(1, 150, 8, step=1, label="Sampling steps", elem_id=f"{name}_steps")
                     add("steps", steps, "Steps")
+                runner.setup_ui_for_section("sampler")
                 if name == "txt2img":
                     self._hires(add)
                 with gr.Row():
@@ -158,6 +161,7 @@ class Page:
                     add("n_iter", count)
                     size = gr.Slider(1, 8, 1, step=1, label="Batch size", elem_id=f"{name}_batch_size")
                     add("batch_size", size)
+                runner.setup_ui_for_section("dimensions")
                 with gr.Row():
                     cfg = gr.Slider(1, 30, 7, step=0.5, label="CFG Scale", elem_id=f"{name}_cfg_scale")
                     add("cfg_scale", cfg, "CFG scale")
@@ -167,7 +171,11 @@ class Page:
                         )
                         add("denoising_strength", strength, "Denoising strength")
                     add("seed", gr.Number(-1, label="Seed", precision=0, elem_id=f"{name}_seed"), "Seed")
-                tab.script_inputs = self.host.runners[name].setup_ui()
+                # scripts' own sections come last, and only a setting that this host hasn't moves them
+                for section in dict.fromkeys(("cfg", "seed", *(each.section for each in runner.alwayson_scripts))):
+                    if section not in (None, "sampler", "dimensions"):
+                        runner.setup_ui_for_section(section)
+                tab.script_inputs = runner.setup_ui()
             with gr.Column(elem_id=f"{name}_results"):
                 gallery = gr.Gallery(
                     label="Output",
