@@ -280,7 +280,7 @@ var ipAdapter = (() => {
         };
         button("<", "Move left", () => edit((_, entries) => swap(entries, index - 1)));
         button(">", "Move right", () => edit((_, entries) => swap(entries, index + 1)));
-        button("Remove", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
+        button("\u2715", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
         button("Forget", "Take it out, and delete the copy that is kept of it", () => edit((entry, entries) => {
             if (!confirm("Delete the copy of this picture? Parameters will not bring it back then.")) return;
             setText(unit + "forget", "");
