@@ -69,8 +69,7 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "3.41.2":
         if sys.prefix == sys.base_prefix:
             pytest.skip("gradio 3 is laid over an environment and this Python is none: run it through dev.py test.")
-        folder = version_sets.made("gradio 3", Path(sys.prefix, "version-sets", "gradio3"), version_sets.GRADIO_3)
-        environment["PYTHONPATH"] = str(folder)
+        environment["PYTHONPATH"] = str(version_sets.made_gradio_3())
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:

@@ -92,6 +92,11 @@ def made(name: str, folder: Path, wanted: VersionSet | None = None) -> Path:
     return folder
 
 
+def made_gradio_3() -> Path:
+    """The folder of :data:`GRADIO_3`, for the tests of the page."""
+    return made("gradio 3", Path(sys.prefix, "version-sets", "gradio3"), GRADIO_3)
+
+
 def smoke(folder: Path | None) -> dict[str, Any]:
     """What ``tests.version_smoke`` tells beside the libraries in a folder, or beside the environment's own.
 
@@ -151,6 +156,7 @@ def main() -> int:
             versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
             print(f"{name} ({versions}): {' '.join(said) or 'everything is the same.'}", flush=True)
             failed = failed or bool(said)
+        made_gradio_3()  # now, when what it downloads is seen, and not in the middle of the tests
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
