@@ -56,6 +56,13 @@ class SigmaSchedule:
     def __init__(self, sigmas: Sequence[float]) -> None:
         self._log_sigmas = [math.log(max(sigma, 1e-12)) for sigma in sigmas]
 
+    def sigma(self, timestep: float) -> float:
+        """Noise level at a timestep of the table; between two, linear in log sigma."""
+        logs = self._log_sigmas
+        low = min(max(int(timestep), 0), len(logs) - 2)
+        part = min(max(timestep - low, 0.0), 1.0)
+        return math.exp(logs[low] + part * (logs[low + 1] - logs[low]))
+
     def progress(self, sigma: float) -> float:
         """Progress of ``sigma``; between two timesteps, linear in log sigma, as k-diffusion has it."""
         logs = self._log_sigmas

@@ -90,11 +90,7 @@ class References:
         memory_bytes: how much is kept in memory.
     """
 
-    problem: str
-    """Why the last storing on disk failed, in a sentence; '' if it didn't."""
-
     def __init__(self, rules: Callable[[], Rules] = Rules, memory_bytes: int = MEMORY_BYTES) -> None:
-        self.problem = ""
         self.rules = rules
         self._limit = memory_bytes
         self._files: OrderedDict[str, _Kept] = OrderedDict()
@@ -178,7 +174,6 @@ class References:
             Why it couldn't be stored, as a sentence; '' if all is well.
         """
         rules = self.rules()
-        self.problem = ""
         if rules.folder is None:
             return ""
         path = rules.folder / f"{sha256}.png"
@@ -199,11 +194,11 @@ class References:
                 _trim(rules.folder, rules.limit_bytes, path)
         except (OSError, IPAdapterError) as error:
             reason = getattr(error, "strerror", None) or error
-            self.problem = (
+            return (
                 f"The reference picture {sha256[:10]}… couldn't be stored in {rules.folder.as_posix()} ({reason}), so "
                 "the infotext won't bring it back after a restart: make room, or switch the store off in Settings."
             )
-        return self.problem
+        return ""
 
     # What is there
 

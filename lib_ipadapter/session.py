@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import infotext, references
+from .applies import facts
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .hosts.loaded import loaded_unet
@@ -98,6 +99,20 @@ class Session:
         """What the adapter of this name is, see :attr:`.recognise.AdapterKind.description`; '' if there is none."""
         kind = self._library.adapters().get(name)
         return kind.description if kind is not None else ""
+
+    def misfit(self, name: str) -> str:
+        """Why the adapter of this name can't act in the loaded checkpoint, as a sentence; '' if it can."""
+        kind, info = self._library.adapters().get(name), loaded_unet(self._host)
+        try:
+            if kind is not None and info is not None:
+                check_fit(name, kind, info)
+        except IPAdapterError as error:
+            return str(error)
+        return ""
+
+    def applies(self, name: str) -> dict[str, Any]:
+        """What applies to a unit with the adapter of this name, see :mod:`.applies`."""
+        return facts(self._library.adapters().get(name), self._library.negative_widths())
 
     def encoders(self) -> list[str]:
         """Names of the image encoders on disk."""

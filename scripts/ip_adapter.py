@@ -32,6 +32,7 @@ UNITS_SHOWN = "ip_adapter_units_shown"
 NEW_WEIGHT = "ip_adapter_new_weight"
 NEW_TIMING = "ip_adapter_new_timing"
 NEW_FORMULATION = "ip_adapter_new_formulation"
+PLACE = "ip_adapter_place"
 """Keys of our settings."""
 
 
@@ -75,7 +76,20 @@ references = _part("references")
 units = _part("units")
 accordion = _part("ui.accordion")
 handlers = _part("ui.handlers")
+folders = _part("hosts.folders")
 xyz = _part("hosts.xyz")
+
+PLACES: dict[str, tuple[str | None, int]] = {
+    "among the other extensions": (None, 0),
+    "before them, where the WebUI sorts them (Forge)": (None, -1000),
+    "behind them, where the WebUI sorts them (Forge)": (None, 1000),
+    "below the sampler": ("sampler", 0),
+    "below the size": ("dimensions", 0),
+    "below CFG": ("cfg", 0),
+    "below the seed": ("seed", 0),
+    "where the WebUI's setting of the order of items has 'ip-adapter'": ("ip-adapter", 0),
+}
+"""By the setting's value: the WebUI's section that the accordion goes into, and how the scripts in it are sorted."""
 
 
 def _kept_bytes() -> int:
@@ -183,7 +197,11 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         return "IP-Adapter"
 
     def show(self, is_img2img: bool) -> object:
-        """Always, in both tabs."""
+        """Always, in both tabs. Hosts ask before they lay out the page, so where it sits is settled here."""
+        from modules import shared
+
+        place = PLACES.get(getattr(shared.opts, PLACE, ""), (None, 0))
+        self.section, self.sorting_priority = place
         return scripts.AlwaysVisible if session is not None else False
 
     def ui(self, is_img2img: bool) -> list[Any]:
@@ -202,7 +220,14 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
             "formulation": getattr(shared.opts, NEW_FORMULATION, units.FORMULATIONS[0]),
         }
         components: list[Any] = accordion.build(
-            session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
+            session,
+            InputAccordion,
+            self.elem_id,
+            ToolButton,
+            downloader,
+            shown,
+            new,
+            _part("hosts.schedules").progress_of_pass,
         )
         self.infotext_fields, self.paste_field_names = _paste_fields(components, shown)
         return components
@@ -307,6 +332,25 @@ def _on_ui_settings() -> None:
             {"choices": list(units.FORMULATIONS)},
         ),
     }
+    text = {"lines": 3, "placeholder": "one folder a line"}
+    options[folders.ADAPTERS.own_setting] = (
+        "",
+        "More folders with IP-Adapter models (one a line; searched before the WebUI's own)",
+        gradio.Textbox,
+        text,
+    )
+    options[folders.ENCODERS.own_setting] = (
+        "",
+        "More folders with image encoders (one a line; searched before the WebUI's own)",
+        gradio.Textbox,
+        text,
+    )
+    options[PLACE] = (
+        next(iter(PLACES)),
+        "Where the accordion sits (needs 'Reload UI')",
+        gradio.Dropdown,
+        {"choices": list(PLACES)},
+    )
     for key, option in options.items():
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
 

@@ -54,6 +54,12 @@ class Session:
     def describe(self, name):
         return ""
 
+    def misfit(self, name):
+        return ""
+
+    def applies(self, name):
+        return {"needs": {}, "values": {}, "files": {"negative": []}}
+
     def negatives(self):
         return []
 

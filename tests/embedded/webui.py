@@ -195,6 +195,7 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
             "samplers": list(SAMPLERS),
             "create_sampler": lambda name, model=None: create_sampler(host, name),
         },
+        "modules.sd_samplers_timesteps": {"samplers_data_timesteps": [each for each in SAMPLERS if each.timesteps]},
         "modules.sd_samplers_common": {"InterruptedException": InterruptedException, "Sampler": Sampler},
         "modules.sd_samplers_cfg_denoiser": {"CFGDenoiser": CFGDenoiser},
         "modules.sd_schedulers": {"schedulers": list(SCHEDULES), "schedulers_map": SCHEDULES_BY_NAME},
