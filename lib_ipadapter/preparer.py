@@ -143,17 +143,24 @@ class Preparer:
         widest = max(info.widths)
         source = ("weighed", job.source(uncond), formulation.name, shares, widest)
 
-        def at(weight: float | None) -> Weighed | Unweighed:
-            if weight is None:
-                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest)
+        def make(weight: float) -> Weighed:
             with torch.inference_mode(False), torch.no_grad():
                 return self._kept.get(
                     (*source, weight), lambda: weigh(prompts, formulation, weight, shares, widest, self._first)
                 )
 
+        # The first pass's is made while there is time; what a later one has in its place, when that begins.
         only = curve_of(unit, hires=False).only
-        if only:  # while there is time; what a later pass has in its place is weighed when that begins
-            at(unit.weight * only)
+        made = {weight: make(weight) for weight in ([unit.weight * only] if only else [])}
+
+        def at(weight: float | None) -> Weighed | Unweighed:
+            if weight is None:
+                return Unweighed(arrange(prompts, shares, self._first), formulation, unit.weight, widest)
+            if weight not in made:
+                made[weight] = make(weight)
+                self._kept.trim()
+            return made[weight]
+
         return PreparedUnit(
             unit, kind, formulation, uncond, tuple(conds), unconds, at, fingerprint(path), job.hashes, job.stored()
         )

@@ -31,7 +31,7 @@ def picture(tokens: int, seed: int) -> ImageKV:
     return ImageKV.from_pairs([torch.randn(1, tokens, WIDTH, generator=generator) for _ in range(2 * LAYERS)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RawTerm(Term):
     """A term that still knows what it was made of."""
 
@@ -50,7 +50,8 @@ def term(
         COND: tuple(picture(tokens, seed + n) for n, tokens in enumerate(conds)),
         UNCOND: tuple(picture(tokens, seed + 50 + n) for n, tokens in enumerate(unconds)),
     }
-    return RawTerm(formulation, Window(), weigh(prompts, formulation, weight, (), WIDEST, UNCOND), prompts, weight)
+    weighed = weigh(prompts, formulation, weight, (), WIDEST, UNCOND)
+    return RawTerm(formulation, Window(), weighed, prompts=prompts, weight=weight)
 
 
 def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
