@@ -331,11 +331,17 @@ var ipAdapter = (() => {
         });
     }
 
-    async function give(unit, source) {
-        const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
-        if (blob.type && !blob.type.startsWith("image/")) return;
+    // Files, blobs or addresses of pictures go to the server in one message, so that none overtakes another.
+    async function give(unit, sources) {
+        const sent = sources.map(async (source) => {
+            const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
+            const name = blob.name || "The picture";
+            // what is no picture for the browser either isn't read: the server says what it is
+            return { name, data: blob.type && !blob.type.startsWith("image/") ? "data:," : await asDataUri(blob) };
+        });
+        const text = JSON.stringify(await Promise.all(sent));
         setText(unit + "incoming", "");
-        setText(unit + "incoming", await asDataUri(blob));
+        setText(unit + "incoming", text);
     }
 
     const prefixIn = (tab) => `script_${tab}_ipadapter_`;
@@ -356,7 +362,7 @@ var ipAdapter = (() => {
         if (!picture || !picture.src) return;
         const unit = firstFree(prefixIn(tab));
         if (!unit) return;
-        give(unit, picture.src);
+        give(unit, [picture.src]);
         openTab(tab);
         const number = Number(unit.match(/unit_(\d+)_$/)[1]);
         gradioApp().querySelectorAll(`#${prefixIn(tab)}units > .tab-nav > button`)[number - 1]?.click();
@@ -394,17 +400,25 @@ var ipAdapter = (() => {
         if (!files.length || !pointed) return;
         event.preventDefault();
         event.stopPropagation();
-        give(pointed, files[0]);
+        give(pointed, files);
     }, true);
     document.addEventListener("dragover", (event) => {
-        if (unitAt(event.target) && [...event.dataTransfer.types].includes("text/uri-list")) event.preventDefault();
+        const types = [...event.dataTransfer.types];
+        if (unitAt(event.target) && (types.includes("Files") || types.includes("text/uri-list"))) event.preventDefault();
     });
     document.addEventListener("drop", (event) => {
         const unit = unitAt(event.target);
+        const files = [...event.dataTransfer.files];
         const address = event.dataTransfer.getData("text/uri-list").split("\n")[0];
-        if (!unit || !address || event.dataTransfer.files.length) return;
+        if (!unit || !(files.length || address)) return;
         event.preventDefault();
-        give(unit, address);
+        event.stopPropagation();
+        give(unit, files.length ? files : [address]);
+    });
+    document.addEventListener("change", (event) => {
+        if (!event.target.matches?.(".ip-adapter-drop input")) return;
+        give(unitAt(event.target), [...event.target.files]);
+        event.target.value = "";  // the same file may be chosen again
     });
     const askSchedules = () => ["txt2img", "img2img"].forEach(askSchedule);
 

@@ -59,10 +59,18 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("as_file", [str, lambda path: SimpleNamespace(name=str(path))], ids=["gradio 4", "gradio 3"])
-def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: Any) -> None:
-    text, note = handlers.keep_files([as_file(path) for path in files])
-    again, _ = handlers.keep_files([as_file(path) for path in files])
+def sent(*paths: Path) -> str:
+    """As the page sends files."""
+    return json.dumps([{"name": path.name, "data": data_uri(path)} for path in paths])
+
+
+def hashes_of(*paths: Path) -> list[str]:
+    return list(json.loads(handlers.keep(sent(*paths))[0])["hashes"])
+
+
+def test_files_are_kept_and_named_by_their_hashes(files: list[Path]) -> None:
+    text, note = handlers.keep(sent(*files))
+    again, _ = handlers.keep(sent(*files))
     hashes = json.loads(text)["hashes"]
     assert note == "" and len(hashes) == 2 and hashes == json.loads(again)["hashes"]
     assert text != again  # or the page would see no change when the same pictures come twice
@@ -72,7 +80,7 @@ def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: An
 
 @pytest.mark.parametrize("preparation", ["crop", "squash", "pad"])
 def test_previews_are_the_encoder_s_input_to_the_bit(files: list[Path], preparation: str) -> None:
-    hashes = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    hashes = hashes_of(*files)
     entries = [{"sha256": hashes[0], "crop": [0.0, 0.5, 2.0]}, {"sha256": hashes[1], "weight": 0.5}, data_uri(files[0])]
     answers = json.loads(handlers.preview(json.dumps(entries), preparation))
     crops = ((0.0, 0.5, 2.0), (0.5, 0.5, 1.0), (0.5, 0.5, 1.0))
@@ -87,16 +95,8 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def test_a_picture_sent_by_the_page_is_kept(files: list[Path]) -> None:
-    text, note = handlers.keep_text(data_uri(files[0]))
-    (sha256,) = json.loads(text)["hashes"]
-    assert note == "" and np.array_equal(np.asarray(references.get(sha256)), np.asarray(Image.open(files[0])))
-    text, note = handlers.keep_text("data:image/png;base64,AAAA")
-    assert json.loads(text)["hashes"] == [] and 'role="alert"' in note
-
-
 def test_pictures_are_forgotten_when_asked(files: list[Path]) -> None:
-    first, second = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    first, second = hashes_of(*files)
     assert handlers.forget(None) == handlers.forget("") == handlers.forget_all("") == ""
     assert "The copy is deleted." in handlers.forget(first)
     assert "There was no copy of it." in handlers.forget(first)
@@ -111,20 +111,22 @@ def test_the_page_says_where_pictures_are_kept(monkeypatch: pytest.MonkeyPatch, 
     assert f"is kept in {tmp_path.as_posix()}" in handlers.kept_line()
 
 
-@pytest.mark.parametrize("nothing", [None, []])
-def test_no_files_add_nothing(nothing: Any) -> None:
-    text, note = handlers.keep_files(nothing)
+@pytest.mark.parametrize("nothing", [None, "", "[]"])
+def test_no_files_add_nothing(nothing: str | None) -> None:
+    text, note = handlers.keep(nothing)
     assert json.loads(text)["hashes"] == [] and note == ""
-    assert json.loads(handlers.keep_text("")[0])["hashes"] == []
     assert handlers.preview("", "crop") == handlers.preview(None, "crop") == "[]"
 
 
 def test_a_file_that_is_no_picture_keeps_none_and_is_named(files: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken <b>.png"
     broken.write_bytes(files[0].read_bytes()[:60])
-    text, note = handlers.keep_files([str(files[1]), str(broken)])
-    assert json.loads(text)["hashes"] == []
-    assert "broken &lt;b&gt;.png: " in note and "<b>" not in note and str(tmp_path) not in note
+    references.default.forget_all()
+    text, note = handlers.keep(sent(files[1], broken))
+    assert json.loads(text)["hashes"] == [] and references.default.listing() == []
+    assert "broken &lt;b&gt;.png: " in note and "<b>" not in note and 'role="alert"' in note
+    _, note = handlers.keep(json.dumps([{"name": "film.mp4", "data": "data:,"}]))
+    assert "film.mp4: " in note
 
 
 def test_a_picture_that_is_gone_is_said() -> None:
@@ -332,7 +334,7 @@ def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 9 + 3
+    assert len(server) == len(VISIBLE) * 8 + 3
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False

@@ -164,16 +164,12 @@ def _build_unit(
     names_of_hidden = ("incoming", "added", "previews", "facts")
     incoming, added, previews, facts = (_hidden(name, elem_id(name)) for name in names_of_hidden)
     with gr.Row(elem_classes=["ip-adapter-top"]):
-        uploaded = gr.File(
-            label="Add pictures",
-            file_count="multiple",
-            file_types=["image"],
-            elem_id=elem_id("files"),
-            height=130,
-            scale=0,
-            min_width=150,
+        # No gr.File: gradio 3.41 drops an upload during which the page updates anything else.
+        gr.HTML(
+            f'<label class="ip-adapter-drop" id="{elem_id("files")}"><input type="file" accept="image/*" multiple>'
+            f'Add pictures: click, drop or paste</label><div class="ip-adapter-list" id="{elem_id("list")}"></div>',
+            elem_classes=["ip-adapter-pictures"],
         )
-        gr.HTML(f'<div class="ip-adapter-list" id="{elem_id("list")}"></div>', elem_classes=["ip-adapter-pictures"])
     upload_note = gr.HTML(elem_id=elem_id("upload_note"))
     with gr.Row():
         model = gr.Dropdown(
@@ -287,7 +283,7 @@ def _build_unit(
     script = f"(...args) => ipAdapter.write({own}, {json.dumps(INTENTS)}, args)"
     for control in controls:
         control.change(fn=None, inputs=[*controls, slot], outputs=[slot, intent], **_QUIET, **{_JS: script})
-    for each in (*controls, uploaded, intent, everything):
+    for each in (*controls, intent, everything):
         # The labels are too common to be keys in the host's file of saved defaults.
         each.do_not_save_to_config = True
     follow = f"(slot, ...controls) => ipAdapter.follow({own}, slot, controls.slice(0, {len(controls)}))"
@@ -296,13 +292,7 @@ def _build_unit(
     fields = [weight, start, stop, formulation, uncond, preparation]
     intent.input(fn=None, inputs=[intent, *fields], outputs=fields, **_QUIET, **{_JS: choose})
 
-    uploaded.upload(
-        fn=lambda files: (*handlers.keep_files(files), None),
-        inputs=[uploaded],
-        outputs=[added, upload_note, uploaded],
-        **_QUIET,
-    )
-    incoming.change(fn=handlers.keep_text, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
+    incoming.change(fn=handlers.keep, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
     forget.change(fn=handlers.forget, inputs=[forget], outputs=[upload_note], **_QUIET)
     join = f"(text) => ipAdapter.join({own}, text)"
     added.change(fn=None, inputs=[added], outputs=[], **_QUIET, **{_JS: join})

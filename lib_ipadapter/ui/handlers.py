@@ -11,7 +11,6 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -24,35 +23,23 @@ from ..units import ImageRef, Unit
 # Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
 
 
-def keep_files(files: Sequence[object] | None) -> tuple[str, str]:
-    """Keep uploaded picture files.
+def keep(sent: str | None) -> tuple[str, str]:
+    """Keep pictures that the page sent.
 
     Args:
-        files: what gradio's file component hands over: paths (gradio 4), or objects with the path in ``name``
-            (3).
+        sent: a JSON list of objects, ``name`` of the file and ``data``, a data URI; '' for none.
 
     Returns:
         What joins the unit's pictures, as JSON (see :func:`_added`), and a note. If one file is no picture,
         none is kept and the note names it: a unit never acts with fewer pictures than it was given.
     """
-    hashes = []
-    for file in files or ():
-        path = Path(str(getattr(file, "name", file)))
+    read: list[Image] = []
+    for file in json.loads(sent) if sent else ():
         try:
-            hashes.append(references.add(pictures.read_picture(path)))
+            read.append(pictures.read_picture(file["data"]))
         except IPAdapterError as error:
-            return _added([]), note(f"{os.path.basename(path)}: {error}")
-    return _added(hashes), ""
-
-
-def keep_text(text: str | None) -> tuple[str, str]:
-    """Keep a picture that the page sent as a data URI; returns as :func:`keep_files`."""
-    if not text:
-        return _added([]), ""
-    try:
-        return _added([references.add(pictures.read_picture(text))]), ""
-    except IPAdapterError as error:
-        return _added([]), note(str(error))
+            return _added([]), note(f"{os.path.basename(file['name'])}: {error}")
+    return _added([references.add(picture) for picture in read]), ""
 
 
 def _added(hashes: list[str]) -> str:
