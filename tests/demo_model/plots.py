@@ -27,30 +27,36 @@ def _plot(
     known: Mapping[str, Any], path: Path, name: str, values: tuple[float, ...], adapters: tuple[str, ...]
 ) -> None:
     figure, axes = pyplot.subplots(1, len(FORMS), figsize=(9, 3.4), sharey=True)
-    plain = next(each for each in known["results"] if each["measure"] == "reference" and each["steering"] is None)
+    references = [each for each in known["results"] if each["measure"] == "reference"]
+    plain = next(each for each in references if each["steering"] is None)
     for form, axis in zip(FORMS, axes, strict=True):
         for adapter in adapters:
             for measure, style in LINES.items():
-                points = []
+                points: dict[float, float] = {}
                 for value in values:
                     wanted = {"adapter": adapter, "formulation": form, "weight": 1.0, "stop": 1.0, "negative": "auto"}
                     wanted[name] = value
-                    found = [
-                        each
-                        for each in known["results"]
-                        if each["measure"] == "reference" and each["steering"] == wanted
-                    ]
-                    points.append((found[0] if found else plain)[measure])
-                errors = [standard_error(point, known["references"]) for point in points]
+                    found = [plain] if value == 0 else [each for each in references if each["steering"] == wanted]
+                    points |= {value: each[measure] for each in found}
+                if len(points) < 2:
+                    continue  # not measured
+                errors = [standard_error(point, known["references"]) for point in points.values()]
                 axis.errorbar(
-                    values, points, errors, label=f"{adapter}: {measure}", ls=style, color=COLOURS[adapter], capsize=2
+                    list(points),
+                    list(points.values()),
+                    errors,
+                    label=f"{adapter}: {measure}",
+                    ls=style,
+                    color=COLOURS[adapter],
+                    capsize=2,
                 )
         axis.set_title(form)
         axis.set_xlabel(name)
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of pictures like the reference")
-    axes[1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(LINES), fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
