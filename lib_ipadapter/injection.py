@@ -15,6 +15,8 @@ import torch
 
 from .errors import IPAdapterError
 from .formulations import Formulation
+from .items import by_item
+from .places import Items
 from .plan import Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .rows import Call
@@ -28,6 +30,8 @@ class Term:
     formulation: Formulation
     window: Window
     weighed: Weighed
+    items: Items = None
+    """The items of the batch it acts on."""
 
 
 MAX_PLANS = 64
@@ -66,6 +70,8 @@ class Injection:
         self.asks_progress = NOISE in partial
         """Whether what is done depends on a UNet call's place in the noise schedule, so that it has to be known."""
         self._counts_calls = STEPS in partial
+        self.asks_items = any(term.items is not None for term in self.terms)
+        """Whether what is done depends on which item of the batch a row belongs to, so that it has to be known."""
         self._seen: dict[str, tuple[Progress, Progress]] = {}
         """Progress of the first and of the furthest UNet call, by each timing."""
         self._prompts: list[Prompts] = []
@@ -106,7 +112,7 @@ class Injection:
         active = self._active(call)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
-        key = (active, call.roles, text_tokens, real, device, dtype)
+        key = (active, call.roles, call.items, text_tokens, real, device, dtype)
         plan = self._plans.get(key)
         if plan is None:
             self.to(device, dtype)
@@ -115,6 +121,9 @@ class Injection:
             acting = [
                 pair for pair, acts in zip(zip(self.terms, self._prompts, strict=True), active, strict=True) if acts
             ]
+            if any(term.items is not None for term, _ in acting):
+                call, given = by_item(call, [(term.items, prompts) for term, prompts in acting])
+                acting = [(term, prompts) for (term, _), prompts in zip(acting, given, strict=True)]
             joint = [prompts for term, prompts in acting if term.formulation.joins_softmax]
             added = [prompts for term, prompts in acting if not term.formulation.joins_softmax]
             plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)

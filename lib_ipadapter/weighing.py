@@ -49,7 +49,12 @@ class Weighed:
 
 
 def weigh(
-    prompts: Prompts, formulation: Formulation, weight: float, shares: Sequence[float], widest: int, first: int
+    prompts: Prompts,
+    formulation: Formulation,
+    weight: float,
+    shares: Sequence[float] | Mapping[int, Sequence[float]],
+    widest: int,
+    first: int,
 ) -> Weighed:
     """Weighs a unit's pictures, each for itself, all layers of one width as one tensor.
 
@@ -57,17 +62,18 @@ def weigh(
         prompts: raw K and V.
         formulation: which says how a weight changes them.
         weight: the unit's.
-        shares: each picture's own part of it, the same in every role; empty: all are 1.
+        shares: each picture's own part of it, the same in every role, or by role; empty: all are 1.
         widest: width of the UNet's widest cross-attention layer.
         first: the role whose pictures lie ahead. Rows of both roles, in this order, get their image tokens as views.
 
     Raises:
         IPAdapterError: if the pictures have K and V for different numbers of layers.
     """
-    if weight == 0 or 0 in shares:
-        raise ValueError("A unit or picture of weight 0 does nothing, and isn't weighed.")
     roles = sorted((role for role, images in prompts.items() if images), key=lambda role: role != first)
-    shared = {role: list(zip(prompts[role], shares or (1.0,) * len(prompts[role]), strict=True)) for role in roles}
+    given = {role: shares[role] if isinstance(shares, Mapping) else shares for role in roles}
+    if weight == 0 or any(0 in each for each in given.values()):
+        raise ValueError("A unit or picture of weight 0 does nothing, and isn't weighed.")
+    shared = {role: list(zip(prompts[role], given[role] or (1.0,) * len(prompts[role]), strict=True)) for role in roles}
     distinct = {(id(image), share): (image, share) for role in roles for image, share in shared[role]}
     number = {key: n for n, key in enumerate(distinct)}
     places = {role: tuple(number[id(image), share] for image, share in shared[role]) for role in roles}
