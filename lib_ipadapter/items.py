@@ -1,7 +1,7 @@
 """Rows that get other pictures than others of their role.
 
-Everything behind this knows roles alone. So for a UNet call in which units act on single items of the batch, rows of one
-role that see different units are given roles of their own.
+Everything behind this knows roles alone. So for a UNet call in which units act on single items of the batch, rows of
+one role that see different units are given roles of their own.
 """
 
 from __future__ import annotations

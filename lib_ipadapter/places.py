@@ -91,9 +91,10 @@ EVERYWHERE = Everywhere()
 
 
 def place_of(unit: Unit, number: int) -> Place:
-    """Where the picture ``number`` (from 0) of a unit acts. There may be fewer pictures than places: they take turns."""
-    kinds = {PER_GENERATION: InGenerations, PER_ITEM: InItems}
-    return EVERYWHERE if unit.pictures == TOGETHER else kinds[unit.pictures](number, len(unit.images))
+    """Where the picture ``number`` (from 0) of a unit acts. Where there are fewer than places, they take turns."""
+    if unit.pictures == TOGETHER:
+        return EVERYWHERE
+    return (InGenerations if unit.pictures == PER_GENERATION else InItems)(number, len(unit.images))
 
 
 def check_batch(units: Sequence[Unit], batch_size: int) -> None:
@@ -101,6 +102,6 @@ def check_batch(units: Sequence[Unit], batch_size: int) -> None:
     for unit in units:
         if unit.pictures == PER_ITEM and len(unit.images) > batch_size:
             raise IPAdapterError(
-                f'The unit has {len(unit.images)} pictures, one per batch item, and the batch size is {batch_size}: '
+                f"The unit has {len(unit.images)} pictures, one per batch item, and the batch size is {batch_size}: "
                 'raise the batch size, take pictures out, or set "pictures" to "one per generation".'
             )

@@ -66,11 +66,13 @@ def roles_of_rows(
     )
 
 
-def items_of_rows(cond_or_uncond: Sequence[int], images: int, rows: int) -> tuple[int, ...] | None:
+def items_of_rows(
+    cond_or_uncond: Sequence[int], images: int, rows: int, unet_rows: int | None = None
+) -> tuple[int, ...] | None:
     """The item of the batch that every row belongs to, on hosts that lay rows out chunk by chunk.
 
     Args:
-        cond_or_uncond, images, rows: see :func:`roles_of_rows`.
+        cond_or_uncond, images, rows, unet_rows: see :func:`roles_of_rows`.
 
     Returns:
         ``rows`` items; None where another extension has put rows between them.
@@ -78,7 +80,8 @@ def items_of_rows(cond_or_uncond: Sequence[int], images: int, rows: int) -> tupl
     base = tuple(range(images)) * len(cond_or_uncond)
     if images == 1:
         return (0,) * rows
-    return base * (rows // len(base)) if base and rows % len(base) == 0 else None
+    known = bool(base) and rows == (unet_rows or rows) and rows % len(base) == 0
+    return base * (rows // len(base)) if known else None
 
 
 def items_in_order(roles: Sequence[int], parts: Sequence[int]) -> dict[int, tuple[int, ...]]:

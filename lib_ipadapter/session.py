@@ -20,6 +20,7 @@ from .hosts.loaded import loaded_unet
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
+from .places import Batch, check_batch
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
@@ -37,8 +38,11 @@ class _Run:
     units: list[PreparedUnit] = field(default_factory=list)
     passes: int = 0
     """Passes that have ended."""
+    batch: Batch = field(default_factory=Batch)
+    """Which pass of which batch is running."""
     injection: Injection | None = None
-    """Has a term for each unit."""
+    acting: list[PreparedUnit] = field(default_factory=list)
+    """Of each of the injection's terms, its unit."""
     identity: object = None
     failed: bool = False
 
@@ -136,6 +140,7 @@ class Session:
         if not active:
             return {}
         info = self._host.unet_info(p)
+        check_batch(list(active.values()), int(getattr(p, "batch_size", 1)))
         prepared = self._preparer.prepare(list(active.values()), info)
         setattr(p, _RUN, _Run(prepared))
         for sentence in dict.fromkeys(problem for each in prepared for problem in each.problems):
@@ -147,11 +152,16 @@ class Session:
             self._hashes(),
         )
 
-    def attach(self, p: Any, **_: Any) -> None:
-        """Before every pass: the units go into the UNet that is loaded now."""
+    def attach(self, p: Any, x: Any = None, **_: Any) -> None:
+        """Before every pass: the units go into the UNet that is loaded now. ``x`` is the pass' first latent."""
         run: _Run | None = getattr(p, _RUN, None)
         if run is not None and not run.failed:
             run.injection = None
+            run.batch = Batch(
+                int(getattr(p, "iteration", 0)),
+                int(getattr(p, "batch_size", 1) if x is None else x.shape[0]),
+                bool(getattr(p, "is_hr_pass", False)),
+            )
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -234,12 +244,12 @@ class Session:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
         before = run.injection
         seen = before.progress_seen() if before is not None else None
-        if before is not None and seen is not None and all(_is_over(each.window, before) for each in run.units):
+        if before is not None and seen is not None and all(_is_over(each.window, before) for each in run.acting):
             run.injection = None  # every unit has done its part, whatever the new UNet is
             return
         try:
             info = self._host.unet_info(p)
-            terms = [each.term(info) for each in run.units]
+            terms = [(each, term) for each in run.units for term in each.terms(info, run.batch)]
         except IPAdapterError as error:
             if seen is None:
                 raise
@@ -249,9 +259,12 @@ class Session:
                 f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
                 f"the unit doesn't fit, so {cure}: {error}"
             ) from error
+        if not terms:  # none of the pictures is for this batch
+            return
         run.identity = info.identity
+        run.acting = [each for each, _ in terms]
         run.injection = Injection(
-            terms,
+            [term for _, term in terms],
             len(info.keys),
             lambda progress: _check_stops(run, progress),
         )
@@ -264,8 +277,11 @@ class Session:
         if injection is None:
             return
         run.passes += 1
-        for each, acted in zip(run.units, injection.acted, strict=True):
-            if not acted:
+        acted = {id(each): False for each in run.acting}
+        for each, did in zip(run.acting, injection.acted, strict=True):
+            acted[id(each)] |= did
+        for each in run.units:
+            if not acted.get(id(each), True):
                 sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing))
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
@@ -281,7 +297,7 @@ def _is_over(window: Window, injection: Injection) -> bool:
 
 def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it in the noise schedule."""
-    for each in run.units:
+    for each in run.acting:
         behind = each.unit.timing == NOISE and not Window(0.0, each.unit.stop).contains(first)
         if run.passes == 0 and behind:
             raise IPAdapterError(never_acted(each.unit, (first, 1.0)))

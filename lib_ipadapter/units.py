@@ -70,7 +70,7 @@ ZOOM_RANGE = (1.0, 10.0)
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One picture of a unit: its bytes as text (base64 or a data URI), the hash of an uploaded one, or a saved reference.
+    """One picture of a unit: its bytes as text (base64 or a data URI), the hash of an uploaded one, or a saved one.
 
     Exactly one of ``data``, ``sha256`` (64 hexadecimal digits) and ``saved`` (its name) is filled; otherwise
     :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
@@ -299,8 +299,8 @@ def saved_name(value: str) -> str:
     name = unicodedata.normalize("NFC", value).strip(" ")
     if not _SAVED.fullmatch(name):
         raise IPAdapterError(
-            f"The saved reference's name is {_shown(value)}; allowed are 1 to 64 letters, digits, spaces, dots, hyphens "
-            "and underscores."
+            f"The saved reference's name is {_shown(value)}; allowed are 1 to 64 letters, digits, spaces, dots, "
+            "hyphens and underscores."
         )
     return name
 

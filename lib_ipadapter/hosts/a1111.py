@@ -21,7 +21,7 @@ from ..injection import Injection
 from ..layout import KEYS, VALUES
 from ..plan import Plan
 from ..progress import Progress, executed, known, progress_of_timestep
-from ..rows import COND, UNCOND, Call, items_in_order
+from ..rows import COND, Call, items_in_order
 from ..texts import parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
@@ -149,9 +149,7 @@ class _Hooks:
         for number, key in enumerate(info.keys):
             self._hook_layer(number, layers[key])
 
-    def begin_step(
-        self, texts: Mapping[int, Tensor], executed: float | None = None, parts: Sequence[int] = ()
-    ) -> None:
+    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None, parts: Sequence[int] = ()) -> None:
         """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`.
 
         ``parts``: of each item of the batch, the parts of its prompt, if the items of rows have to be known.

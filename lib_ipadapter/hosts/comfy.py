@@ -147,7 +147,7 @@ class ComfyHost(ModelFolders):
         progress = self._progress(sigmas) if self._asks_progress else None
         self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress, executed(params))
         if self._asks_items:
-            self._step.items = items_in_order(texts, parts_of_items(params))
+            self._step.items = items_in_order(tuple(texts), parts_of_items(params))
 
     def _reader(self, diffusion_model: nn.Module, keys: Sequence[LayerKey]) -> ReadCall:
         # It holds no patcher, whose options hold it: in a ring, a job's K/V would wait for the garbage collector.
@@ -155,13 +155,14 @@ class ComfyHost(ModelFolders):
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
             chunks = extra_options["cond_or_uncond"]
-            roles = roles_of_rows(chunks, sigmas.shape[0], q.shape[0], int(extra_options["original_shape"][0]))
+            images, unet_rows = int(sigmas.shape[0]), int(extra_options["original_shape"][0])
+            roles = roles_of_rows(chunks, images, q.shape[0], unet_rows)
             step = self._step
             if layer == first_layer:
                 step.count(chunks)
             items = None
             if self._asks_items:
-                items = step.items_of(chunks, int(sigmas.shape[0]), q.shape[0])
+                items = step.items_of(chunks, images, q.shape[0], unet_rows)
             if step.beyond and len(set(chunks)) == 1 and step.texts:
                 to_k: Any = dict(cross_attention(diffusion_model))[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
@@ -340,14 +341,14 @@ class _Step:
             self.past[role] = self.past.get(role, 0) + 1
         self.beyond = any(self.left[role] < 0 for role in chunks)
 
-    def items_of(self, chunks: Sequence[int], images: int, rows: int) -> tuple[int, ...] | None:
+    def items_of(self, chunks: Sequence[int], images: int, rows: int, unet_rows: int) -> tuple[int, ...] | None:
         """The item of every row of the running call; None where that can't be told.
 
         Some samplers describe a call row by row, as chunks of one row; these come in the order of the step's rows.
         """
         batch = len(self.items.get(UNCOND, self.items.get(COND, ())))
         if images > 1 or len(set(self.items.get(COND, ()))) <= 1 or not batch:
-            return items_of_rows(chunks, images, rows)
+            return items_of_rows(chunks, images, rows, unet_rows)
         start = {role: self.past[role] - list(chunks).count(role) for role in set(chunks)}
         found = []
         for place, role in enumerate(chunks):
