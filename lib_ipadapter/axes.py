@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import IPAdapterError
 from .pictures import read_picture
-from .units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
+from .units import FORMULATIONS, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +88,7 @@ _KINDS = (
     _Kind("uncond", "uncond", tuple(each for each in UNCONDS if each != "file")),
     _Kind("preparation", "preparation", PREPARATIONS),
     _Kind("timing", "timing", TIMINGS),
+    _Kind("mixture", "mixture", MIXTURES),
 )
 
 

@@ -93,7 +93,7 @@ def test_the_second_unit_and_two_axes(xyz_host: Host) -> None:
 
 
 def test_cells_share_what_is_encoded(xyz_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    preparer: Any = sys.modules["sd_image_prompt.preparer"]
+    preparer: Any = sys.modules["sd_image_prompt.gathering"]
     seen: list[int] = []
     original = preparer.encode
 
