@@ -45,6 +45,11 @@ NO_NOISE = "none"
 _NEGATIVES = {"pictures": "negative pictures", "noise": "noise"}
 
 
+def uncond_of(unit: Unit, kind: AdapterKind) -> str:
+    """What the negative side sees: "auto" is resolved, and negatives have a name too."""
+    return _NEGATIVES.get(unit.negatives) or resolve_uncond(unit.uncond, kind.variant)
+
+
 @dataclass(frozen=True)
 class Take:
     """Where a picture's features are: in which batch of pictures, and in which row; and the picture's weight."""
@@ -85,8 +90,8 @@ class Gathering:
 
     @property
     def uncond(self) -> str:
-        """What the negative side sees: "auto" is resolved, and negatives have a name too."""
-        return _NEGATIVES.get(self.unit.negatives) or resolve_uncond(self.unit.uncond, self.kind.variant)
+        """See :func:`uncond_of`."""
+        return uncond_of(self.unit, self.kind)
 
     def parts(self) -> list[Found]:
         """K/V of the pictures that take part; what isn't made yet goes through encoder and adapter on one loading."""

@@ -172,6 +172,18 @@ class Preparer:
             job.stored(),
         )
 
+    def save(self, unit: Unit, name: str) -> saved.SavedReference:
+        """Saves the pictures of a unit that take part, encoded, under a checked name."""
+        path = self.library.adapter_path(unit.model)
+        kind = recognise_adapter(open_tensors(path).tensors, path.name)
+        encoder = self.library.encoder_for(kind)
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                features, weights = Gathering(self, unit, path, kind, encoder).features()
+            finally:
+                self.kept.trim()
+        return saved.default.save(name, unit, kind, (path, encoder), features, weights, self.pictures(unit))
+
     def pictures(self, unit: Unit) -> list[Image.Image]:
         """The pictures of a unit that take part, as they were given; of saved references the thumbnails."""
         return [picture for ref in unit.acting_images for picture in _shown(ref)]

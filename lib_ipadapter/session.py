@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import infotext, references
+from . import infotext, references, saved, tags
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .hosts.loaded import loaded_unet
@@ -25,6 +25,7 @@ from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
 from .steps import never_acted
+from .tags import Tag, Tagged
 from .units import Unit
 
 # Attribute of the host's processing object that holds its run.
@@ -35,7 +36,8 @@ _RUN = "image_prompt_run"
 class _Run:
     """One job."""
 
-    units: list[PreparedUnit] = field(default_factory=list)
+    own: list[PreparedUnit] = field(default_factory=list)
+    """The units that its arguments ask for."""
     passes: int = 0
     """Passes that have ended."""
     batch: Batch = field(default_factory=Batch)
@@ -43,8 +45,17 @@ class _Run:
     injection: Injection | None = None
     acting: list[PreparedUnit] = field(default_factory=list)
     """Of each of the injection's terms, its unit."""
+    tagged: Tagged = field(default_factory=dict)
+    """The tags of its prompts."""
+    of_tags: list[PreparedUnit] = field(default_factory=list)
+    """The units that they ask for."""
     identity: object = None
     failed: bool = False
+
+    @property
+    def units(self) -> list[PreparedUnit]:
+        """All of them."""
+        return self.own + self.of_tags
 
 
 class Session:
@@ -111,6 +122,18 @@ class Session:
         """The units of a picture's parameters, as they can be had here; see :func:`.infotext.parse`."""
         return infotext.parse(params, self._library.find_model, references.has)
 
+    def save_reference(self, unit: Unit, name: object, replace: bool = False) -> saved.SavedReference:
+        """Saves a unit's pictures, as the image encoder sees them, and its values under a name; see :mod:`.saved`.
+
+        Raises:
+            IPAdapterError: for a name that isn't allowed or taken, and whatever a generation with the unit refuses.
+        """
+        checked = saved.default.check_name(name, replace)
+        if not unit.acting_images:
+            raise IPAdapterError("The unit has no picture that takes part; give it one to save.")
+        with self._host.alone():
+            return self._preparer.save(unit, checked)
+
     # A job's way through the host's callbacks
 
     def begin(self, p: Any) -> None:
@@ -124,11 +147,12 @@ class Session:
         if len(parameters) < len(p.extra_generation_params):
             p.extra_generation_params = parameters
 
-    def prepare(self, p: Any, units: Sequence[Unit]) -> Mapping[str, str]:
+    def prepare(self, p: Any, units: Sequence[Unit], tagged: Tagged | None = None) -> Mapping[str, str]:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
 
         Args:
             units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part.
+            tagged: the tags of its prompts.
 
         Returns:
             What to write into the picture's parameters.
@@ -137,12 +161,13 @@ class Session:
             IPAdapterError: if a unit can't do what it was asked.
         """
         active = {number: unit for number, unit in enumerate(units, 1) if unit.acting_images}
-        if not active:
+        if not active and not tagged:
             return {}
-        info = self._host.unet_info(p)
         check_batch(list(active.values()), int(getattr(p, "batch_size", 1)))
-        prepared = self._preparer.prepare(list(active.values()), info)
-        setattr(p, _RUN, _Run(prepared))
+        prepared = self._preparer.prepare(list(active.values()), self._host.unet_info(p)) if active else []
+        run = _Run(prepared)
+        self._take_tags(p, run, tagged or {})
+        setattr(p, _RUN, run)
         for sentence in dict.fromkeys(problem for each in prepared for problem in each.problems):
             self._host.comment(p, sentence)
         by_number = dict(zip(active, prepared, strict=True))
@@ -155,8 +180,14 @@ class Session:
     def attach(self, p: Any, x: Any = None, **_: Any) -> None:
         """Before every pass: the units go into the UNet that is loaded now. ``x`` is the pass' first latent."""
         run: _Run | None = getattr(p, _RUN, None)
+        tagged = tags.found(p)
+        if run is None and tagged:
+            run = _Run()
+            setattr(p, _RUN, run)
         if run is not None and not run.failed:
             run.injection = None
+            if tagged != run.tagged:  # another extension has changed the prompts since they were read
+                self._take_tags(p, run, tagged)
             run.batch = Batch(
                 int(getattr(p, "iteration", 0)),
                 int(getattr(p, "batch_size", 1) if x is None else x.shape[0]),
@@ -239,6 +270,23 @@ class Session:
         if run is not None:
             run.injection = None
         setattr(p, _RUN, None)
+
+    def _take_tags(self, p: Any, run: _Run, tagged: Tagged) -> None:
+        """Prepares what the prompts' tags ask for, in place of what was asked for before."""
+        pairs = [(self._unit_of(tag), place) for (tag, _), place in tagged.items()]
+        pairs = [(unit, place) for unit, place in pairs if unit.acting_images]
+        units, places = [unit for unit, _ in pairs], [place for _, place in pairs]
+        run.of_tags = self._preparer.prepare(units, self._host.unet_info(p), places) if pairs else []
+        run.tagged = tagged
+
+    def _unit_of(self, tag: Tag) -> Unit:
+        """The unit that a tag of a prompt asks for."""
+        try:
+            known = saved.default.read(tag.name)
+            unit = known.unit(**tag.fields)
+        except IPAdapterError as error:
+            raise IPAdapterError(f"The prompt has the tag {tag}: {error}") from error
+        return replace(unit, model=self._library.find_model(unit.model, known.fingerprint)[0])
 
     def _attach(self, p: Any, run: _Run) -> None:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""

@@ -72,9 +72,11 @@ errors = _part("errors")
 infotext = _part("infotext")
 kept = _part("kept")
 references = _part("references")
+tags = _part("tags")
 units = _part("units")
 accordion = _part("ui.accordion")
 handlers = _part("ui.handlers")
+extra_networks = _part("hosts.extra_networks")
 xyz = _part("hosts.xyz")
 
 
@@ -216,10 +218,11 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         """Read and check the units, and do everything heavy."""
         with _failing_loudly(p):
             enabled, active = units.parse_script_args(axes.overridden(args, axes.of(p), _picture_of_axis(p)))
-            if enabled:
+            tagged = tags.found(p)
+            if enabled or tagged:
                 if getattr(p, "is_api", False):  # settings about addresses are about the API alone
                     active = [api.fetched(unit, _part("hosts.addresses").fetch, references.add) for unit in active]
-                p.extra_generation_params.update(session.prepare(p, active))
+                p.extra_generation_params.update(session.prepare(p, active, tagged))
 
     def process_before_every_sampling(self, p: Any, *args: object, **kwargs: Any) -> None:
         """Before every pass, some hosts twice."""
@@ -339,6 +342,7 @@ def _on_unloaded() -> None:
 if session is not None:
     _add_axes()  # here for WebUIs that build their scripts' controls before they call anyone
     script_callbacks.on_before_ui(_add_axes)  # and here where X/Y/Z plot is loaded after us
+    script_callbacks.on_before_ui(lambda: extra_networks.register(tags.NAME))  # hosts empty their list before this
     script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)

@@ -8,7 +8,7 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from ..texts import parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, wrap_sampler
+from .job import fail, queue, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class A1111Host(ModelFolders):
         if device.type != "cpu" and lowvram.is_enabled(import_module("modules.shared").sd_model):
             lowvram.send_everything_to_cpu()
         return on_device(module, device, dtype, function, devices.torch_gc)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """See :class:`.base.Host`."""
+        return queue()
 
     # The UNet
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -24,7 +25,7 @@ from ..texts import known_parts, parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_inside_another, skip_sampling, wrap_sampler
+from .job import fail, is_inside_another, queue, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -80,6 +81,10 @@ class ComfyHost(ModelFolders):
         if device.type != "cpu":
             memory.free_memory(bytes_there(module, dtype) * 1.2 + WORKING_MEMORY, device)
         return on_device(module, device, dtype, function, memory.soft_empty_cache)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """See :class:`.base.Host`."""
+        return queue()
 
     # The UNet
 
