@@ -323,7 +323,7 @@ def _is_number(value: object) -> bool:
 
 
 def _memory(unit: Unit, kind: AdapterKind, uncond: str, info: UNetInfo | None) -> dict[str, int]:
-    """Bytes of K and V on the device while sampling; the same at every size, and at every batch that has all pictures."""
+    """Bytes of K and V on the device while sampling; the same at every size and batch."""
     conds = _sets(unit, unit.acting_images)
     if uncond == "none" or unit.uncond_weight == 0:
         unconds = 0

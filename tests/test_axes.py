@@ -25,7 +25,18 @@ XYZ = PROJECT_ROOT / "tests" / "xyz_extension"
 LABELS = [
     f"[IP-Adapter{unit}] {field}"
     for unit in ("", " 2")
-    for field in ("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing")
+    for field in (
+        "model",
+        "image",
+        "weight",
+        "start",
+        "stop",
+        "formulation",
+        "uncond",
+        "preparation",
+        "timing",
+        "mixture",
+    )
 ]
 
 

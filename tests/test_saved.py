@@ -36,7 +36,8 @@ def folder(host: Host, models: DemoModels) -> Iterator[Path]:
 
 
 @pytest.fixture
-def client(host: Host) -> Client:
+def client(host: Host, monkeypatch: pytest.MonkeyPatch) -> Client:
+    monkeypatch.setattr(host.cmd_opts, "disable_extension_access", False, raising=False)
     return Client(host.app)
 
 
@@ -159,17 +160,13 @@ def test_what_cannot_be_saved_is_said(
 def test_another_adapter_or_encoder_is_refused(host_of: Any, client: Client, folder: Path, models: DemoModels) -> None:
     save(client, "one", unit("plus"))
     host = host_of("sd15")
-    with pytest.raises(
-        ValueError, match="for sd15 adapters that take penultimate, and the adapter is for sd15 and takes"
-    ):
+    with pytest.raises(ValueError, match="sd15 adapters that take penultimate, and the adapter is for sd15 and takes"):
         host.txt2img(**request(saved_unit("one", "base")))
     path = folder / "one.safetensors"
     with safe_open(str(path), "pt") as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(tensors, path, {**header, "encoder": "0" * 64})
-    with pytest.raises(
-        ValueError, match="an image encoder with the fingerprint 0000000000, and the adapter's here is demo-vit"
-    ):
+    with pytest.raises(ValueError, match="with the fingerprint 0000000000, and the adapter's here is demo-vit"):
         host.txt2img(**request(saved_unit("one")))
     save_file(tensors, path, {**header, "family": "sdxl"})
     with pytest.raises(ValueError, match="for sdxl adapters"):
@@ -205,7 +202,7 @@ def test_a_damaged_file_has_a_sentence(host: Host, client: Client, folder: Path,
     save(client, "one", unit("plus"))
     path = folder / "one.safetensors"
     with safe_open(str(path), "pt") as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors, header = BROKEN[how](tensors, header)
     save_file(tensors, path, header)
     with pytest.raises(ValueError, match=r"one\.safetensors is no saved reference that can be read, for "):
@@ -256,7 +253,7 @@ def test_a_file_that_is_too_large_is_not_read(host: Host, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "large.safetensors").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    with pytest.raises(ValueError, match="at most 67 MB are read"):
+    with pytest.raises(ValueError, match="it has 67 MB, and at most 67 are read"):
         host.txt2img(**request(saved_unit("large")))
 
 
@@ -265,6 +262,10 @@ def test_other_files_and_links_outside_the_folder_are_not_reached(host: Host, cl
         assert client.get(f"/ip-adapter/saved/{name}").status_code in (404, 422)
     with pytest.raises(ValueError, match="allowed are 1 to 64"):
         host.txt2img(**request(saved_unit("../one")))
+
+
+def test_the_page_does_not_serve_the_folder(host: Host, folder: Path) -> None:
+    assert {str(folder), str(folder.parent / "references")} <= set(host.page.blocks.blocked_paths)
 
 
 def test_strangers_are_refused(host_of: Any) -> None:
