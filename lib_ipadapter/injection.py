@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .balance import Counted, check_counts
 from .errors import IPAdapterError
 from .formulations import Formulation
 from .items import by_item
@@ -32,6 +33,8 @@ class Term:
     weighed: Weighed
     items: Items = None
     """The items of the batch it acts on."""
+    balance: bool = False
+    """Whether its pictures weigh together as much as one, in a joint softmax."""
 
 
 MAX_PLANS = 64
@@ -61,6 +64,13 @@ class Injection:
                     f"The image prompt has K and V for {found} cross-attention layers and the UNet has {layers}: use "
                     "an adapter made for this model family."
                 )
+        check_counts(
+            [
+                Counted(term.weighed.places, {role: len(places) for role, places in term.weighed.places.items()})
+                for term in terms
+                if term.balance and term.formulation.joins_softmax
+            ]
+        )
         self.terms = tuple(terms)
         self.layers = layers
         self._on_first_call = on_first_call
@@ -126,7 +136,8 @@ class Injection:
                 acting = [(term, prompts) for (term, _), prompts in zip(acting, given, strict=True)]
             joint = [prompts for term, prompts in acting if term.formulation.joins_softmax]
             added = [prompts for term, prompts in acting if not term.formulation.joins_softmax]
-            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
+            balanced = [term.balance for term, _ in acting if term.formulation.joins_softmax]
+            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device, balanced)
         return plan
 
     def _active(self, call: Call) -> tuple[bool, ...]:

@@ -81,7 +81,9 @@ class PreparedUnit:
         check_fit(self.unit.model, self.kind, info)
         placed = [(part, part.place.items(batch)) for part in self.parts]
         return [
-            Term(self.formulation, self.window, part.weighed, items) for part, items in placed if items is None or items
+            Term(self.formulation, self.window, part.weighed, items, self.unit.balance)
+            for part, items in placed
+            if items is None or items
         ]
 
     @property

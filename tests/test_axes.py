@@ -61,7 +61,7 @@ def drawn(host: Host, wanted: dict[str, Any]) -> list[str]:
 
 def labels(host: Host) -> list[str]:
     (module,) = {id(each.module): each.module for each in host.scripts_data if each.path.endswith("grid.py")}.values()
-    return [option.label for option in module.axis_options if option.label not in ("Nothing", "Seed")]
+    return [option.label for option in module.axis_options if option.label.startswith("[")]
 
 
 CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
@@ -72,6 +72,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("formulation", "joint, decoupled", [{"formulation": "joint"}, {"formulation": "decoupled"}]),
     ("uncond", "none, black picture", [{"uncond": "none"}, {"uncond": "black picture"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
+    ("mixture", "average, add", [{"mixture": "average"}, {"mixture": "add"}]),
     (
         "model",
         "demo-plus-sd15.safetensors, demo-base-sd15.safetensors",
