@@ -27,9 +27,13 @@ def step_texts(params: Any) -> dict[int, Tensor]:
     }
 
 
+def _sampler(params: Any) -> Any:
+    return getattr(getattr(params, "denoiser", None), "sampler", None)
+
+
 def known_parts(params: Any) -> tuple[int, ...]:
     """Of each item of the batch, how many parts its prompt has (AND); empty where a sampler doesn't say."""
-    cond: Any = getattr(getattr(params.denoiser, "sampler", None), "sampler_extra_args", {}).get("cond")
+    cond: Any = getattr(_sampler(params), "sampler_extra_args", {}).get("cond")
     return tuple(len(parts) for parts in cond.batch) if hasattr(cond, "batch") else ()
 
 
