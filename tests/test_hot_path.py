@@ -350,7 +350,7 @@ def test_growth_from_step_to_step_is_found_out(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("attention_is_one")
 @pytest.mark.parametrize("text_tokens", [EQUAL, UNEQUAL])
 def test_pictures_of_single_items_are_still_laid_out_by_one_copy(text_tokens: dict[int, int]) -> None:
-    """Each row's own image tokens come from where they lie; nothing is moved, and a third unit beside them is one more."""
+    """Each row's own image tokens come from where they lie; a third unit beside them changes nothing."""
     made = [injection("sdxl", JOINT, 1), injection("sdxl", JOINT, 1)]
     terms = [Term(JOINT, Window(), each.terms[0].weighed, frozenset({n})) for n, each in enumerate(made)]
     call = Call(rows(2), 0.5, text_tokens, items=(0, 1, 0, 1))
