@@ -11,19 +11,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .encoding import resolve_uncond
+from . import saved
 from .errors import IPAdapterError
 from .formulations import resolve_formulation
+from .gathering import uncond_of
 from .hosts.base import UNetInfo
 from .layer_weights import effective, groups, on_unet
 from .layers import LAYOUTS
+from .mixtures import MIXTURES
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
 from .progress import STEPS
 from .recognise import AdapterKind, recognise_adapter
 from .steps import STEPS_RANGE, counted, curve_of, factors, never_acted, of_img2img, of_scheduler, of_sigmas, takes_part
 from .tensorfile import open_tensors
-from .units import SCHEMA_VERSION, ImageRef, Unit
+from .units import PER_GENERATION, PICTURE_FIELDS, SCHEMA_VERSION, TOGETHER, ImageRef, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +56,9 @@ class References(Protocol):
     def forget(self, sha256: str) -> bool:
         """Whether there was one, which is gone now."""
 
+    def add(self, picture: Image) -> str:
+        """Keeps a picture; its name for units."""
+
 
 class Answers:
     """One method for each route, named in :data:`.access.ROUTES`.
@@ -76,6 +81,7 @@ class Answers:
         fetch: Callable[[str], Image],
         may_see: Callable[[], bool],
     ) -> None:
+        self._session = session
         self._library = session.library
         self._loaded = loaded
         self._references = references
@@ -111,12 +117,14 @@ class Answers:
         if info is not None:
             check_fit(unit.model, kind, info)
         encoder = self._library.encoder_for(kind)
-        uncond = resolve_uncond(unit.uncond, kind.variant)
+        uncond = uncond_of(unit, kind)
         if uncond == "file":
             self._library.negative_path(unit.negative)
         if not unit.images:
             raise IPAdapterError("The unit has no picture; give it at least one.")
-        pictures = [self._picture(image) for image in unit.images]
+        for image in unit.negative_images:
+            self._known(image, kind, encoder)
+        pictures = [self._known(image, kind, encoder) for image in unit.images]
         return {
             "model": unit.model,
             "kind": kind.description,
@@ -126,9 +134,7 @@ class Answers:
             "encoder": self._library.encoder_name(encoder),
             "formulation": resolve_formulation(unit.formulation, kind.variant).name,
             "uncond": uncond,
-            "pictures": [
-                {"sha256": picture_hash(each), "width": each.width, "height": each.height} for each in pictures
-            ],
+            "pictures": pictures,
             "acts": unit.enabled and bool(unit.acting_images),
             "steps": _steps(unit, asked),
             "layers": _layers(unit, kind),
@@ -176,6 +182,36 @@ class Answers:
             raise error
         return {"forgotten": sha256}
 
+    def saved(self, _: Asked) -> dict[str, Any]:
+        """The saved references: name, family of adapters, encoder's fingerprint, pictures, a unit's default values."""
+        return {"saved": saved.default.listing()}
+
+    def save(self, asked: Asked) -> dict[str, Any]:
+        """Saves the pictures of ``unit``, encoded, and its values under ``name``; over another one with ``replace``."""
+        _only(asked, ("name", "unit", "replace"))
+        for field in ("name", "unit"):
+            if field not in asked:
+                raise IPAdapterError(f'The field "{field}" is missing; allowed are "name", "unit" and "replace".')
+        replaces = asked.get("replace", False)
+        if not isinstance(replaces, bool):
+            raise IPAdapterError(f'The field "replace" is {replaces!r:.40}; allowed are true and false.')
+        unit = fetched(Unit.from_json(asked["unit"]), self._fetch, self._references.add)
+        made = self._session.save_reference(unit, asked["name"], replaces)
+        return {"name": made.name, "pictures": len(made.weights), "bytes": made.identity[1]}
+
+    def thumbnail(self, asked: Asked) -> bytes:
+        """The thumbnail of a saved reference, as PNG."""
+        return _png(saved.default.thumbnail(str(asked["name"])))
+
+    def forget_saved(self, asked: Asked) -> dict[str, Any]:
+        """Deletes a saved reference."""
+        name = str(asked["name"])
+        if not saved.default.forget(name):
+            error = saved.default.missing(name)
+            error.status_code = 404
+            raise error
+        return {"forgotten": name}
+
     def catalogue(self, _: Asked) -> dict[str, Any]:
         """The models that can be downloaded, with licence and size, and whether each is there already."""
         return {"entries": self._downloader.catalogue()}
@@ -192,7 +228,21 @@ class Answers:
         """Asks the running download to end; what has come stays for the next try."""
         return self._downloader.cancel()
 
+    def _known(self, image: ImageRef, kind: AdapterKind, encoder: Path) -> dict[str, Any]:
+        """What a check says of a picture."""
+        if image.saved:
+            known = saved.default.read(image.saved)
+            known.check(kind, encoder)
+            return {"saved": known.name, "pictures": len(known.weights)}
+        picture = self._picture(image)
+        return {"sha256": picture_hash(picture), "width": picture.width, "height": picture.height}
+
     def _picture(self, image: ImageRef) -> Image:
+        if image.saved:
+            raise IPAdapterError(
+                f'The picture is the saved reference "{image.saved}", which is encoded already, so that there is '
+                "nothing to be shown; allowed is a picture."
+            )
         if image.sha256:
             return self._references.get(image.sha256)
         return self._fetch(image.data.strip()) if is_address(image.data) else read_picture(image.data)
@@ -205,13 +255,15 @@ def is_address(data: str) -> bool:
 
 def fetched(unit: Unit, fetch: Callable[[str], Image], keep: Callable[[Image], str]) -> Unit:
     """The unit with the hash of what was fetched in place of every picture that is an address."""
-    if not any(is_address(image.data) for image in unit.images):
-        return unit
-    images = (
-        replace(image, data="", sha256=keep(fetch(image.data.strip()))) if is_address(image.data) else image
-        for image in unit.images
-    )
-    return replace(unit, images=tuple(images))
+    changed: dict[str, Any] = {}
+    for name in PICTURE_FIELDS:
+        images: tuple[ImageRef, ...] = getattr(unit, name)
+        if any(is_address(image.data) for image in images):
+            changed[name] = tuple(
+                replace(image, data="", sha256=keep(fetch(image.data.strip()))) if is_address(image.data) else image
+                for image in images
+            )
+    return replace(unit, **changed) if changed else unit
 
 
 def version() -> str:
@@ -286,15 +338,39 @@ def _is_number(value: object) -> bool:
 
 def _memory(unit: Unit, kind: AdapterKind, uncond: str, info: UNetInfo | None) -> dict[str, int]:
     """Bytes of K and V on the device while sampling; the same at every size and batch."""
-    acting = unit.acting_images
-    distinct = len({(image.data, image.sha256, image.crop, image.weight) for image in acting})
-    conds = 1 if distinct == 1 else len(acting)
-    unconds = 0 if uncond == "none" else 1 if len({image.weight for image in acting}) == 1 else len(acting)
-    sets = conds + unconds
+    conds = _sets(unit, unit.acting_images)
+    if uncond == "none" or unit.uncond_weight == 0:
+        unconds = 0
+    elif unit.negatives:
+        unconds = _sets(unit, [image for image in unit.negative_images or unit.acting_images if image.weight])
+    elif unit.pictures != TOGETHER:
+        unconds = conds
+    else:
+        weights = [weight for _, weight in _weights(unit.acting_images)]
+        unconds = 1 if MIXTURES[unit.mixture].mix or len(set(weights)) == 1 else len(weights)
     if any(curve_of(unit, hires).only is None for hires in (False, True) if takes_part(unit, hires)):
-        sets *= 2  # those that a changing weight is brought into, and those beside them that it is brought in from
+        # those that a changing weight is brought into, and those beside them that it is brought in from
+        conds, unconds = 2 * conds, 2 * unconds
     number = HALF if info is None else info.dtype.itemsize
-    return {"kv_bytes": sets * kind.tokens * 2 * sum(kind.layer_widths) * number}
+    return {"kv_bytes": (conds + unconds) * kind.tokens * 2 * sum(kind.layer_widths) * number}
+
+
+def _sets(unit: Unit, images: Sequence[ImageRef]) -> int:
+    """How many pictures' tokens pictures become."""
+    if MIXTURES[unit.mixture].mix:
+        return min(1, len(images))
+    distinct = len(set(_weights(images))) if unit.pictures == TOGETHER else len(images)
+    return min(1, distinct) if unit.pictures == PER_GENERATION else distinct
+
+
+def _weights(images: Sequence[ImageRef]) -> list[tuple[Any, float]]:
+    """Of each picture what tells it from others, and its weight."""
+    found: list[tuple[Any, float]] = []
+    for image in images:
+        inside = saved.default.read(image.saved).weights if image.saved else (1.0,)
+        source = (image.data, image.sha256, image.saved, image.crop)
+        found += [((source, n), image.weight * weight) for n, weight in enumerate(inside)]
+    return found
 
 
 def _only(asked: Asked, known: Sequence[str]) -> None:

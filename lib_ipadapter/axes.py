@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .errors import IPAdapterError
 from .layer_weights import TYPES
 from .pictures import read_picture
-from .units import FORMULATIONS, HIRES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
+from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +92,7 @@ _KINDS = (
     _Kind("curve", "curve"),
     _Kind("hires", "hires", HIRES),
     _Kind("layers", "layers", tuple(TYPES)),
+    _Kind("mixture", "mixture", MIXTURES),
 )
 
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .balance import Counted, check_counts
 from .curves import ALWAYS, Curve
 from .errors import IPAdapterError
 from .formulations import Formulation
+from .items import by_item
 from .layer_weights import Section
+from .places import Items
 from .plan import LayeredPlan, Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .reweighing import Adjustable, Unweighed
@@ -35,6 +38,11 @@ class Term:
     """The latter where the curve changes the weight."""
     curve: Curve = ALWAYS
     """Factor of the weight; where it is 0, the unit takes no part. A weighed unit's has its other value in K/V."""
+
+    items: Items = None
+    """The items of the batch it acts on."""
+    balance: bool = False
+    """Whether its pictures weigh together as much as one, in a joint softmax."""
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -80,6 +88,13 @@ class Injection:
                     f"The image prompt has K and V for {found} cross-attention layers and the UNet has {layers}: use "
                     "an adapter made for this model family."
                 )
+        check_counts(
+            [
+                Counted(term.weighed.places, {role: len(places) for role, places in term.weighed.places.items()})
+                for term in terms
+                if term.balance and term.formulation.joins_softmax
+            ]
+        )
         self.terms = tuple(terms)
         self.layers = layers
         self._on_first_call = on_first_call
@@ -89,6 +104,8 @@ class Injection:
         self.asks_progress = NOISE in partial
         """Whether what is done depends on a UNet call's place in the noise schedule, so that it has to be known."""
         self._counts_calls = STEPS in partial
+        self.asks_items = any(term.items is not None for term in self.terms)
+        """Whether what is done depends on which item of the batch a row belongs to, so that it has to be known."""
         self._seen: dict[str, tuple[Progress, Progress]] = {}
         """Progress of the first and of the furthest UNet call, by each timing."""
         self._prompts: list[Prompts] = []
@@ -146,7 +163,7 @@ class Injection:
             self._weigh(factors, device, dtype)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
-        key = (active, call.roles, text_tokens, real, device, dtype)
+        key = (active, call.roles, call.items, text_tokens, real, device, dtype)
         plan = self._plans.get(key)
         if plan is None:
             self.to(device, dtype)
@@ -164,9 +181,14 @@ class Injection:
         """A plan for the terms of these numbers."""
 
         def make(parts: Sequence[tuple[Term, Prompts]], layers: Sequence[int] | None) -> Plan:
+            rows = call
+            if any(term.items is not None for term, _ in parts):
+                rows, given = by_item(call, [(term.items, prompts) for term, prompts in parts])
+                parts = [(term, prompts) for (term, _), prompts in zip(parts, given, strict=True)]
             joint = [prompts for term, prompts in parts if term.formulation.joins_softmax]
             added = [prompts for term, prompts in parts if not term.formulation.joins_softmax]
-            return make_plan(joint, added, call, text_tokens, device, layers)
+            balanced = [term.balance for term, _ in parts if term.formulation.joins_softmax]
+            return make_plan(joint, added, rows, text_tokens, device, layers, balanced)
 
         parts = [(self.terms[n], self._prompts[n]) for n in acting]
         if not any(term.sections for term, _ in parts):

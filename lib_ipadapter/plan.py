@@ -6,6 +6,7 @@ tokens as views, and the layout of each layer for the rows of the batch, so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .balance import Counted, text_repeats
 from .errors import IPAdapterError
 from .layout import BOTH, Layout, Rows
 from .packing import as_one, by_width, evenly, row
@@ -93,19 +95,27 @@ class _Group(Rows):
         return t if self.index is None else t[self.index]
 
 
-def _alike(unit: Images) -> list[Images]:
+def _alike(unit: Images, balanced: bool) -> list[Counted[Images]]:
     """A unit itself where its pictures have equally many tokens, as those of one adapter do; else each for itself."""
+    counts = {role: len(images) for role, images in unit.items() if images} if balanced else {}
     if all(len({image.tokens for image in images}) <= 1 for images in unit.values()):
-        return [unit]
-    return [{role: images[n : n + 1] for role, images in unit.items()} for n in range(max(map(len, unit.values())))]
+        return [Counted(unit, counts)]
+    return [
+        Counted({role: images[n : n + 1] for role, images in unit.items()}, counts)
+        for n in range(max(map(len, unit.values())))
+    ]
 
 
 def _groups(
-    roles: Sequence[int], text_tokens: Mapping[int, int], units: Sequence[Images], device: torch.device
+    roles: Sequence[int], text_tokens: Mapping[int, int], units: Sequence[Counted[Images]], device: torch.device
 ) -> list[_Group]:
     """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
-    image_tokens = {role: sum(image.tokens for unit in units for image in unit.get(role, ())) for role in set(roles)}
-    kinds = [(text_tokens[role], image_tokens[role]) for role in roles]
+    repeats = {role: text_repeats(units, role) for role in set(roles)}
+    image_tokens = {
+        role: sum(image.tokens * unit.copies(role, n) for unit in units for image in unit.images.get(role, ()))
+        for role, n in repeats.items()
+    }
+    kinds = [(text_tokens[role], image_tokens[role], repeats[role]) for role in roles]
     groups = []
     for kind in dict.fromkeys(kinds):
         rows = tuple(row for row, each in enumerate(kinds) if each == kind)
@@ -113,10 +123,16 @@ def _groups(
     return groups
 
 
-def _images(role: int, units: Sequence[Images], layer: int) -> list[Tensor]:
+def _images(role: int, units: Sequence[Counted[Images]], layer: int) -> list[Tensor]:
     """K and V in one layer of each unit with pictures for a role: ``[2, pictures, T, C]``, views."""
-    images = [unit[role] for unit in units if unit.get(role)]
-    return [as_one([as_one([kind[layer][0] for kind in kinds]) for kinds in _kinds(each)]) for each in images]
+    repeats = text_repeats(units, role)
+    made = []
+    for unit in units:
+        images = unit.images.get(role)
+        if images:
+            both = as_one([as_one([kind[layer][0] for kind in kinds]) for kinds in _kinds(images)])
+            made += [both] * unit.copies(role, repeats)
+    return made
 
 
 def _kinds(images: Sequence[ImageKV]) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
@@ -278,6 +294,8 @@ class Plan:
             rows = group.pick(out)
             image = scaled_dot_product(group.pick(q), keys, values, heads)
             text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
+            if group.text_repeats > 1:
+                text_lse = text_lse + math.log(group.text_repeats)
             share = torch.sigmoid(_log_sum_exp(group.pick(q), keys, heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
@@ -304,6 +322,7 @@ def make_plan(
     text_tokens: int,
     device: torch.device,
     layers: Sequence[int] | None = None,
+    balanced: Sequence[bool] = (),
 ) -> Plan:
     """The plan for one kind of call.
 
@@ -314,10 +333,12 @@ def make_plan(
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
         layers: those that it is for; None: all.
+        balanced: of each joint unit whether all its pictures weigh as much as one; empty: none does.
     """
-    units = [each for unit in joint for each in _alike(unit) if any(map(each.get, call.roles))]
+    pairs = zip(joint, balanced or (False,) * len(joint), strict=True)
+    units = [each for unit, even in pairs for each in _alike(unit, even) if any(map(each.images.get, call.roles))]
     if layers is None:
-        layers = range(len(next(iter(units[0].values()))[0].keys) if units else 0)
+        layers = range(len(next(iter(units[0].images.values()))[0].keys) if units else 0)
     joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device) if units else ()
     images = (
         {layer: {role: _images(role, units, layer) for role in set(call.roles)} for layer in layers} if units else {}

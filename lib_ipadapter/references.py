@@ -190,7 +190,7 @@ class References:
                     0, f"it takes {len(file) / 1e6:.1f} MB, and {rules.limit_bytes / 1e6:g} MB are allowed in all"
                 )
             with self._disk:
-                _write(path, file)
+                write_private(path, file)
                 _trim(rules.folder, rules.limit_bytes, path)
         except (OSError, IPAdapterError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -313,7 +313,7 @@ class References:
                 path = folder / _KEY_FILE
                 with suppress(OSError):
                     if not path.exists():
-                        _write(path, secrets.token_bytes(32))
+                        write_private(path, secrets.token_bytes(32))
                     self._secret = path.read_bytes()
             if len(self._secret) < 32:
                 self._secret = secrets.token_bytes(32)
@@ -354,7 +354,7 @@ def _stored(folder: Path | None) -> list[Path]:
         return []
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Puts a file of the owner's alone into the folder of the owner's alone, whole or not at all."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,11 @@ class Unweighed:
     def layers(self) -> tuple[tuple[int, ...], ...]:
         """Numbers of the layers of each width."""
         return tuple(tuple(stack.layers) for stack in self.pictures.images[0].stacks)
+
+    @property
+    def places(self) -> Mapping[int, tuple[int, ...]]:
+        """By role, which of the pictures each of its entries is."""
+        return self.pictures.places
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Adjustable:
         """All of it there, without a weight yet."""

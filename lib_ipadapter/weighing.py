@@ -74,14 +74,18 @@ class Pictures:
     """By role, which of them each of its entries is."""
 
 
-def arrange(prompts: Prompts, shares: Sequence[float], first: int) -> Pictures:
+Shares = Sequence[float] | Mapping[int, Sequence[float]]
+"""Each picture's own part of the unit's weight, the same in every role, or by role; empty: all are 1."""
+
+
+def arrange(prompts: Prompts, shares: Shares, first: int) -> Pictures:
     """Lays out a unit's pictures so that those of a role are evenly spaced: a view can hold them.
 
     Pictures of a role that are all the same are there once, and so are those that several roles share.
 
     Args:
         prompts: raw K and V.
-        shares: each picture's own part of the unit's weight, the same in every role; empty: all are 1.
+        shares: of each picture.
         first: the role whose pictures lie ahead. Rows of both roles, in this order, get their image tokens as views.
 
     Raises:
@@ -94,7 +98,8 @@ def arrange(prompts: Prompts, shares: Sequence[float], first: int) -> Pictures:
     parts: list[float] = []
     places: dict[int, tuple[int, ...]] = {}
     for role in roles:
-        shared = list(zip(prompts[role], shares or (1.0,) * len(prompts[role]), strict=True))
+        given = shares[role] if isinstance(shares, Mapping) else shares
+        shared = list(zip(prompts[role], given or (1.0,) * len(prompts[role]), strict=True))
         same = len({(id(image), share) for image, share in shared}) == 1
         sequence = shared[:1] if same else shared
         key = tuple((id(image), share) for image, share in sequence)
@@ -123,7 +128,7 @@ def weigh(
     prompts: Prompts,
     formulation: Formulation,
     weight: float,
-    shares: Sequence[float],
+    shares: Shares,
     widest: int,
     first: int,
     layer_weights: LayerWeights | None = None,
@@ -140,10 +145,10 @@ def weigh(
     Raises:
         IPAdapterError: as :func:`arrange`.
     """
-    if weight == 0 or 0 in shares:
-        raise ValueError("A unit or picture of weight 0 does nothing, and isn't weighed.")
     pictures = arrange(prompts, shares, first)
     images = pictures.images
+    if weight == 0 or 0 in pictures.shares:
+        raise ValueError("A unit or picture of weight 0 does nothing, and isn't weighed.")
     layers: list[tuple[int, ...]] = []
     stacks = []
     for same_width in zip(*(image.stacks for image in images), strict=True):

@@ -73,9 +73,12 @@ errors = _part("errors")
 infotext = _part("infotext")
 kept = _part("kept")
 references = _part("references")
+saved = _part("saved")
+tags = _part("tags")
 units = _part("units")
 accordion = _part("ui.accordion")
 handlers = _part("ui.handlers")
+extra_networks = _part("hosts.extra_networks")
 folders = _part("hosts.folders")
 xyz = _part("hosts.xyz")
 
@@ -241,10 +244,11 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         """Read and check the units, and do everything heavy."""
         with _failing_loudly(p):
             enabled, active = units.parse_script_args(axes.overridden(args, axes.of(p), _picture_of_axis(p)))
-            if enabled:
+            tagged = tags.found(p)
+            if enabled or tagged:
                 if getattr(p, "is_api", False):  # settings about addresses are about the API alone
                     active = [api.fetched(unit, _part("hosts.addresses").fetch, references.add) for unit in active]
-                p.extra_generation_params.update(session.prepare(p, active))
+                p.extra_generation_params.update(session.prepare(p, active, tagged))
 
     def process_before_every_sampling(self, p: Any, *args: object, **kwargs: Any) -> None:
         """Before every pass, some hosts twice."""
@@ -274,6 +278,11 @@ def _add_axes() -> None:
     """To X/Y/Z plot, where that is loaded already; once, however often this is called."""
     made = axes.make(session.adapters, session.library.adapter_path, _picture_of_axis, IPAdapterScript().title())
     xyz.add(made, axes.PREFIX)
+
+
+def _on_before_ui() -> None:
+    _add_axes()  # where X/Y/Z plot is loaded after us
+    extra_networks.register(tags.NAME)  # hosts have emptied their list of them before
 
 
 def _on_cfg_denoiser(params: Any) -> None:
@@ -356,11 +365,12 @@ def _on_ui_settings() -> None:
 
 
 def _block_store(demo: Any, app: Any) -> None:
-    """Keeps the page from serving what lies in the store: hosts let it serve all of their data folder."""
-    folder = _store_folder()
+    """Keeps the page from serving references, used or saved: hosts let it serve all of their data folder."""
+    folders = [_store_folder(), _store_folder().parent / saved.FOLDER]
+    paths = [str(each) for folder in folders for each in (folder, folder.resolve())]
     for blocks in {id(each): each for each in (demo, getattr(app, "blocks", None)) if each is not None}.values():
         blocked = list(getattr(blocks, "blocked_paths", None) or [])
-        blocked += [each for each in dict.fromkeys((str(folder), str(folder.resolve()))) if each not in blocked]
+        blocked += [each for each in dict.fromkeys(paths) if each not in blocked]
         blocks.blocked_paths = blocked
 
 
@@ -382,7 +392,7 @@ def _on_unloaded() -> None:
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
     _add_axes()  # here for WebUIs that build their scripts' controls before they call anyone
-    script_callbacks.on_before_ui(_add_axes)  # and here where X/Y/Z plot is loaded after us
+    script_callbacks.on_before_ui(_on_before_ui)
     script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)

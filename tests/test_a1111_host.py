@@ -629,3 +629,69 @@ def test_modules_run_without_grad_and_autocast_in_float32_on_a_cpu(webui: Simple
     with torch.inference_mode():
         made = A1111Host().run(module, lambda device, dtype: module(torch.ones(1, 2, device=device, dtype=dtype)))
     assert (made.dtype, made.requires_grad, made.is_inference()) == (torch.float32, False, False)
+
+
+# Pictures for single items of the batch
+
+
+def placed() -> Injection:
+    """A unit for each of two items, one of each formulation."""
+    specs: list[Spec] = [(JOINT, 0.7, (4,), (4,)), (DECOUPLED, 0.9, (4,), (4,))]
+    weighed = [weigh(prompts(s, 100 * n), s[0], s[1], (), WIDEST, COND) for n, s in enumerate(specs)]
+    terms = [Term(s[0], Window(), w, frozenset({n})) for n, (s, w) in enumerate(zip(specs, weighed, strict=True))]
+    return Injection(terms, LAYERS)
+
+
+def attended_by_item(
+    unet: UNet, roles: tuple[int, ...], items: tuple[int, ...], x: Tensor, context: Tensor
+) -> list[Tensor]:
+    """Row by row, each with the terms of its item alone, in an injection that knows no items."""
+    whole = placed()
+    rows = []
+    for n, (role, item) in enumerate(zip(roles, items, strict=True)):
+        alone = Injection([Term(t.formulation, t.window, t.weighed) for t in whole.terms if t.items == {item}], LAYERS)
+        rows.append(attended(unet, alone, (role,), x[n : n + 1], context[n : n + 1]))
+    return [torch.cat(layer) for layer in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("split", [0, 2])
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_of_an_item_get_its_pictures(
+    webui: SimpleNamespace, unet: UNet, optimiser: str, parts: tuple[int, int], split: int, told: bool
+) -> None:
+    """Prompts with AND have several rows one after another."""
+    if not told and parts[0] != parts[1]:
+        pytest.skip("a sampler that doesn't say how many parts a prompt has must have equally many")
+    host, p = A1111Host(), job(unet)
+    host.attach(p, placed())
+    roles = (COND,) * sum(parts) + (UNCOND,) * 2
+    items = (*(0,) * parts[0], *(1,) * parts[1], 0, 1)
+    cond = SimpleNamespace(batch=[[None] * n for n in parts])
+    sampler = SimpleNamespace(sampler_extra_args={"cond": cond} if told else {})
+    texts = [torch.zeros(n, 7, CONTEXT) for n in (sum(parts), 2)]
+    for _ in range(2):
+        host.on_step(
+            SimpleNamespace(text_cond=texts[0], text_uncond=texts[1], denoiser=SimpleNamespace(sampler=sampler))
+        )
+        start = 0
+        while start < len(roles):
+            span = slice(start, start + (split or len(roles)))
+            x, context = inputs(len(roles[span]), 7, seed=start)
+            found = call_unet(unet, x, context)
+            assert_all_close(found, attended_by_item(unet, roles[span], items[span], x, context))
+            start = span.stop
+
+
+def test_a_call_beyond_the_step_has_one_row_for_each_item_or_is_refused(webui: SimpleNamespace, unet: UNet) -> None:
+    host, p = A1111Host(), job(unet)
+    host.attach(p, placed())
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randn(2, 7, CONTEXT, generator=generator) for _ in range(2)]
+    host.on_step(SimpleNamespace(text_cond=texts[0], text_uncond=texts[1]))
+    x, _ = inputs(4, 7)
+    call_unet(unet, x, torch.cat(texts))
+    again = call_unet(unet, x[:2], texts[1])
+    assert_all_close(again, attended_by_item(unet, (UNCOND, UNCOND), (0, 1), x[:2], texts[1]))
+    with pytest.raises(IPAdapterError, match="which row belongs to which"):
+        call_unet(unet, x[:3], torch.cat(texts)[:3])

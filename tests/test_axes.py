@@ -27,7 +27,7 @@ LABELS = [
     for unit in ("", " 2")
     for field in (
         *("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing"),
-        *("curve", "hires", "layers"),
+        *("curve", "hires", "layers", "mixture"),
     )
 ]
 
@@ -57,7 +57,7 @@ def pixels(data: str) -> bytes:
 
 def labels(host: Host) -> list[str]:
     (module,) = {id(each.module): each.module for each in host.scripts_data if each.path.endswith("grid.py")}.values()
-    return [option.label for option in module.axis_options if option.label not in ("Nothing", "Seed")]
+    return [option.label for option in module.axis_options if option.label.startswith("[")]
 
 
 CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
@@ -70,6 +70,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("layers", "style, ease in", [{"layers": "style"}, {"layers": "ease in"}]),
     ("curve", "1@0; 0.2@1, 0.5@0.3", [{"curve": "1@0, 0.2@1"}, {"curve": "0.5@0.3"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
+    ("mixture", "average, add", [{"mixture": "average"}, {"mixture": "add"}]),
     (
         "model",
         "demo-plus-sd15.safetensors, demo-base-sd15.safetensors",
@@ -118,7 +119,7 @@ def test_a_cell_is_no_job_inside_another(xyz_host: Host) -> None:
 
 
 def test_cells_share_what_is_encoded(xyz_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    preparer: Any = sys.modules["sd_image_prompt.preparer"]
+    preparer: Any = sys.modules["sd_image_prompt.gathering"]
     seen: list[int] = []
     original = preparer.encode
 
@@ -174,7 +175,8 @@ def test_they_are_listed_once_also_after_reload_ui(xyz_host: Host) -> None:
     module.axis_options[:] = old
     xyz_host.callbacks.run("before_ui")
     assert labels(xyz_host) == LABELS
-    assert not {id(each) for each in old[2:]} & {id(each) for each in module.axis_options}
+    ours = [each for each in old if each.label.startswith("[")]
+    assert not {id(each) for each in ours} & {id(each) for each in module.axis_options}
 
 
 def test_a_host_without_x_y_z_plot(host: Host) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import unicodedata
 from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
@@ -16,7 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
-from lib_ipadapter.units import HIRES, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, Unit
+from lib_ipadapter.units import (
+    HIRES,
+    MIXTURES,
+    NOISES,
+    PICTURES,
+    PREPARATIONS,
+    TIMINGS,
+    UNCONDS,
+    UNIT_SLOTS,
+    ImageRef,
+    Unit,
+)
 from tests.curve_points import curve_texts
 from tests.embedded.infotext import create_infotext, parse_generation_parameters
 from tests.layer_texts import layer_texts
@@ -57,18 +69,33 @@ parts = st.floats(0, 1)
 crops = st.tuples(parts, parts, st.floats(1, 10))
 weights = st.floats(-5, 5)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
-images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops)
+names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
+    lambda text: unicodedata.normalize("NFC", text) == text
+)
+saved_images = st.builds(ImageRef, saved=names | st.sampled_from(("name x", "weight 1 name  a")), weight=weights)
+images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops) | saved_images
 
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
     """Any unit whose pictures are given by hash."""
     start, stop = sorted(draw(st.tuples(parts, parts).filter(lambda pair: pair[0] != pair[1])))
-    uncond = draw(st.sampled_from(UNCONDS))
+    pictures = tuple(draw(st.lists(images, max_size=4)))
+    negatives = tuple(draw(st.lists(images, max_size=max(1, len(pictures)))))
+    noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*pictures, *negatives)) else "none"
+    uncond = "auto" if negatives or noise != "none" else draw(st.sampled_from(UNCONDS))
+    places = draw(st.sampled_from(PICTURES))
     return Unit(
         enabled=draw(st.booleans()),
         model=draw(st.one_of(st.just(""), texts)),
-        images=tuple(draw(st.lists(images, max_size=4))),
+        images=pictures,
+        mixture=draw(st.sampled_from(MIXTURES)) if places == "together" else "concat",
+        pictures=places,
+        balance=draw(st.booleans()),
+        negative_images=negatives,
+        noise=noise,
+        noise_strength=draw(parts),
+        uncond_weight=draw(weights),
         weight=draw(weights),
         start=start,
         stop=stop,

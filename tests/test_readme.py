@@ -36,7 +36,7 @@ __all__ = ["hub"]  # a fixture
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 PICTURE = "<base64 of a PNG or JPEG, or a data URI>"
-*REQUESTS, CHECK, CHECKED, PREVIEW, MODELS, DOWNLOAD, PROGRESS = [
+*REQUESTS, CHECK, CHECKED, PREVIEW, SAVE, MODELS, DOWNLOAD, PROGRESS = [
     json.loads(text.replace(PICTURE, base64_photo())) for language, text in BLOCKS if language == "json"
 ]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
@@ -68,7 +68,7 @@ def test_the_defaults_are_those_shown() -> None:
     shown = REQUESTS[1]["alwayson_scripts"]["IP-Adapter"]["args"][0]
     default = Unit()
     for name, value in shown.items():
-        if name not in ("model", "images"):
+        if name not in ("model", "images", "negative_images"):
             assert getattr(default, name) == value
     assert set(shown) == set(Unit.__dataclass_fields__)
 
@@ -108,6 +108,23 @@ def test_preview(host: Host) -> None:
     (seen,) = (Image.open(BytesIO(base64.b64decode(each))) for each in answer["images"])
     assert set(answer) == {"size", "images"} and seen.size == (answer["size"], answer["size"])
     refused(client.post("/ip-adapter/preview", json=PREVIEW | {"preparation": "zoom"}), '"zoom"')
+
+
+def test_saving(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.cmd_opts, "disable_extension_access", False, raising=False)
+    client = Client(host.app)
+    answer = client.post("/ip-adapter/saved", json=SAVE).json()
+    assert set(answer) == {"name", "pictures", "bytes"} and answer["pictures"] == 1
+    refused(client.post("/ip-adapter/saved", json=SAVE), '"lighthouse keeper" is there already')
+    drawn = []
+    for prompt in ("a house", "a house<ipa:lighthouse keeper:0.7>"):
+        wanted = {**REQUESTS[0], "prompt": prompt, "alwayson_scripts": {}, "seed": 1}
+        (image,) = client.post("/sdapi/v1/txt2img", json=wanted).json()["images"]
+        drawn.append(Image.open(BytesIO(base64.b64decode(image))).tobytes())
+    assert drawn[0] != drawn[1]
+    wrong = {**REQUESTS[0], "prompt": "<ipa:nobody>", "alwayson_scripts": {}}
+    refused(client.post("/sdapi/v1/txt2img", json=wrong), "there are lighthouse keeper")
+    assert client.delete("/ip-adapter/saved/lighthouse keeper").status_code == 200
 
 
 def test_webuiapi(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class Session:
     def negatives(self):
         return []
 
-    def prepare(self, p, units):
+    def prepare(self, p, units, tagged):
         self._called("prepare", p, units)
         return {f"IP-Adapter {number}": f"model: {unit.model}" for number, unit in enumerate(units, 1)}
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from lib_ipadapter.units import (
     FORMULATIONS,
     HIRES,
     MIDDLE,
+    MIXTURES,
+    NOISES,
+    PICTURES,
     PREPARATIONS,
     SCHEMA_VERSION,
     TIMINGS,
@@ -45,23 +49,47 @@ sources = st.one_of(
     any_text.filter(str.strip).map(lambda text: {"data": text}),
     st.text("0123456789abcdef", min_size=64, max_size=64).map(lambda text: {"sha256": text}),
 )
+names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
+    lambda text: unicodedata.normalize("NFC", text) == text
+)
 crops = st.just(MIDDLE) | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(1, 10))
 image_refs = st.builds(
     lambda source, weight, crop: ImageRef(**source, weight=weight, crop=crop),
     sources,
     st.just(1.0) | st.floats(-5, 5),
     crops,
-)
+) | st.builds(ImageRef, saved=names, weight=st.floats(-5, 5))
+
+
+@st.composite
+def mixing(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields about several pictures that are allowed together, ``uncond`` being "auto"."""
+    images = tuple(draw(st.lists(image_refs, max_size=3)))
+    pictures = draw(st.sampled_from(PICTURES))
+    negatives = tuple(draw(st.lists(image_refs, max_size=max(1, len(images)))))
+    noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*images, *negatives)) else "none"
+    return {
+        "images": images,
+        "mixture": draw(st.sampled_from(MIXTURES)) if pictures == "together" else "concat",
+        "pictures": pictures,
+        "balance": draw(st.booleans()),
+        "negative_images": negatives,
+        "noise": noise,
+        "noise_strength": draw(st.floats(0, 1)),
+        "uncond_weight": draw(st.floats(-5, 5)),
+    }
 
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
     start, stop = sorted(draw(st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True)))
-    uncond = draw(st.sampled_from(UNCONDS))
+    mixed = draw(mixing())
+    has_negatives = mixed["negative_images"] or mixed["noise"] != "none"
+    uncond = "auto" if has_negatives else draw(st.sampled_from(UNCONDS))
     return Unit(
         enabled=draw(st.booleans()),
         model=draw(any_text),
-        images=tuple(draw(st.lists(image_refs, max_size=3))),
+        **mixed,
         weight=draw(st.floats(-5, 5)),
         start=start,
         stop=stop,
@@ -134,6 +162,13 @@ def test_the_defaults_are_the_schema_s() -> None:
         "nested": True,
         "layers": "all",
         "composition_weight": None,
+        "mixture": "concat",
+        "pictures": "together",
+        "balance": False,
+        "negative_images": (),
+        "noise": "none",
+        "noise_strength": 1.0,
+        "uncond_weight": 1.0,
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 

@@ -7,8 +7,8 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -21,12 +21,12 @@ from ..injection import Injection
 from ..layout import KEYS, VALUES
 from ..plan import LayeredPlan, Plan
 from ..progress import Progress, executed, known, progress_of_timestep
-from ..rows import COND, Call
-from ..texts import roles_by_text, step_texts
+from ..rows import COND, Call, items_in_order
+from ..texts import parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_nested, wrap_sampler
+from .job import fail, is_nested, queue, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class A1111Host(ModelFolders):
         if device.type != "cpu" and lowvram.is_enabled(import_module("modules.shared").sd_model):
             lowvram.send_everything_to_cpu()
         return on_device(module, device, dtype, function, devices.torch_gc)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """See :class:`.base.Host`."""
+        return queue()
 
     # The UNet
 
@@ -96,7 +100,8 @@ class A1111Host(ModelFolders):
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. UNet calls consume the step's rows in order: all cond rows, then all uncond rows."""
         if self._hooks is not None:
-            self._hooks.begin_step(step_texts(params), executed(params))
+            parts = parts_of_items(params) if self._hooks.asks_items else ()
+            self._hooks.begin_step(step_texts(params), executed(params), parts)
 
     # The job
 
@@ -136,6 +141,9 @@ class _Hooks:
         self._injection = injection
         self._texts: Mapping[int, Tensor] = {}
         self._roles: tuple[int, ...] = ()
+        self._items: tuple[int, ...] = ()
+        self.asks_items = injection.asks_items
+        """Whether it has to be known which item of the batch a row belongs to."""
         self._cursor = 0
         self._executed: float | None = None
         self._call: Call | None = None
@@ -149,10 +157,15 @@ class _Hooks:
         for number, key in enumerate(info.keys):
             self._hook_layer(number, layers[key])
 
-    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None) -> None:
-        """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`."""
+    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None, parts: Sequence[int] = ()) -> None:
+        """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`.
+
+        ``parts``: of each item of the batch, the parts of its prompt, if the items of rows have to be known.
+        """
         self._texts, self._cursor, self._executed = texts, 0, executed
         self._roles = tuple(role for role, text in texts.items() for _ in range(text.shape[0]))
+        if self.asks_items:
+            self._items = tuple(item for each in items_in_order(tuple(texts), parts).values() for item in each)
 
     def remove(self) -> None:
         """Takes every hook out."""
@@ -168,6 +181,7 @@ class _Hooks:
         rows = int(x.shape[0])
         context = args[2] if len(args) > 2 else kwargs["context"]
         roles = self._roles[self._cursor : self._cursor + rows]
+        items = self._items_of(rows) if self.asks_items else None
         if len(roles) != rows:  # another extension calls the UNet once more than the step
             roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else ())
         else:
@@ -179,8 +193,21 @@ class _Hooks:
         progress: Progress = lambda: progress_of_timestep(float(timesteps[0]))  # noqa: E731
         # Found out here if at all: the device has less to do before the UNet's first layers are launched than after.
         progress = known(progress) if self._injection.asks_progress else progress
-        self._call = Call(roles, progress, executed=self._executed)
+        self._call = Call(roles, progress, executed=self._executed, items=items)
         self._plan = None
+
+    def _items_of(self, rows: int) -> tuple[int, ...] | None:
+        """The item of every row of the UNet call that begins, before its rows are counted; None: it can't be told.
+
+        Calls beyond the step's own repeat all of its rows, or have one row for each item.
+        """
+        items = self._items[self._cursor : self._cursor + rows]
+        batch = len(set(self._items))
+        if len(items) == rows and len(self._items) == len(self._roles):
+            return items
+        if rows == len(self._items) == len(self._roles):
+            return self._items
+        return tuple(range(batch)) if rows == batch else None
 
     def _current(self, layer: int, text: Tensor) -> Plan:
         """The plan of this UNet call, for a layer whose projected text is ``text [R, M, C]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -14,6 +15,12 @@ from torch import Tensor
 from ..errors import ERROR_KEY, IPAdapterError
 
 SAMPLE_METHODS = ("sample", "sample_img2img")
+
+
+def queue() -> AbstractContextManager[Any]:
+    """The lock that the page's and the API's jobs wait for."""
+    lock: AbstractContextManager[Any] = import_module("modules.call_queue").queue_lock
+    return lock
 
 
 def was_stopped() -> bool:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from . import images, infotext
+from .extra_networks import parse_prompts
 from .prompts import SdConditioning, get_learned_conditioning, get_multicond_learned_conditioning
 from .sampling import resolve
 from .scripts_api import PostprocessBatchListArgs, PostprocessImageArgs, PostProcessMaskOverlayArgs, PostSampleArgs
@@ -326,8 +327,12 @@ def _one_batch(p: Processing, n: int) -> Any:
         scripts.call("before_process_batch", p, **batch)
     if not p.prompts:
         return None
+    p.prompts, networks = parse_prompts(p.prompts)
+    if not p.disable_extra_networks:
+        p.host.extra_networks.activate(p, networks)
     if scripts is not None and not p.disable_extra_networks:
-        scripts.call("after_extra_networks_activate", p, **batch, extra_network_data={})
+        batch["prompts"] = p.prompts
+        scripts.call("after_extra_networks_activate", p, **batch, extra_network_data=networks)
     p.reset_forge_objects()
     if scripts is not None:
         scripts.call("process_batch", p, **batch)

@@ -14,6 +14,7 @@ from . import (
     attention,
     callbacks,
     components,
+    extra_networks,
     images,
     infotext,
     patcher,
@@ -200,6 +201,13 @@ def _modules(host: Host) -> dict[str, dict[str, Any]]:
         "modules.sd_samplers_cfg_denoiser": {"CFGDenoiser": CFGDenoiser},
         "modules.sd_schedulers": {"schedulers": list(SCHEDULES), "schedulers_map": SCHEDULES_BY_NAME},
         "modules.call_queue": {"queue_lock": host.queue_lock},
+        "modules.extra_networks": {
+            "ExtraNetwork": extra_networks.ExtraNetwork,
+            "ExtraNetworkParams": extra_networks.ExtraNetworkParams,
+            "extra_network_registry": host.extra_networks.registry,
+            "parse_prompts": extra_networks.parse_prompts,
+            "register_extra_network": host.extra_networks.register,
+        },
         "modules_forge.shared": {
             "controlnet_dir": str(host.models_path / "ControlNet"),
             "preprocessor_dir": str(host.models_path / "ControlNetPreprocessor"),
