@@ -36,4 +36,4 @@ def test_the_accordion_sits_where_the_setting_says(place: str | None, before: st
         script = host.runners["txt2img"].script_by_title("IP-Adapter")
         assert script is not None
         inputs = host.page.tabs["txt2img"].script_inputs
-        assert [each.elem_id for each in inputs[script.args_from : script.args_to]][0] == f"{OURS}-checkbox"
+        assert inputs[script.args_from].elem_id == f"{OURS}-checkbox"
