@@ -638,7 +638,7 @@ def placed() -> Injection:
     """A unit for each of two items, one of each formulation."""
     specs: list[Spec] = [(JOINT, 0.7, (4,), (4,)), (DECOUPLED, 0.9, (4,), (4,))]
     weighed = [weigh(prompts(s, 100 * n), s[0], s[1], (), WIDEST, COND) for n, s in enumerate(specs)]
-    terms = [Term(s[0], Window(), w, frozenset({n})) for n, (s, w) in enumerate(zip(specs, weighed, strict=True))]
+    terms = [Term(s[0], Window(), w, items=frozenset({n})) for n, (s, w) in enumerate(zip(specs, weighed, strict=True))]
     return Injection(terms, LAYERS)
 
 

@@ -415,7 +415,7 @@ def test_growth_from_step_to_step_is_found_out(monkeypatch: pytest.MonkeyPatch) 
 def test_pictures_of_single_items_are_still_laid_out_by_one_copy(text_tokens: dict[int, int]) -> None:
     """Each row's own image tokens come from where they lie; a third unit beside them changes nothing."""
     made = [injection("sdxl", JOINT, 1), injection("sdxl", JOINT, 1)]
-    terms = [Term(JOINT, Window(), each.terms[0].weighed, frozenset({n})) for n, each in enumerate(made)]
+    terms = [Term(JOINT, Window(), each.terms[0].weighed, items=frozenset({n})) for n, each in enumerate(made)]
     call = Call(rows(2), 0.5, text_tokens, items=(0, 1, 0, 1))
     operations = steady("sdxl", Injection(terms, 70), call)
     assert operations.counts == {"cat": 70 if text_tokens is EQUAL else 140}
@@ -426,7 +426,7 @@ def test_pictures_of_single_items_are_still_laid_out_by_one_copy(text_tokens: di
 @pytest.mark.usefixtures("attention_is_one")
 def test_decoupled_pictures_of_single_items_are_an_attention_for_each_and_role() -> None:
     made = [injection("sdxl", DECOUPLED, 1), injection("sdxl", DECOUPLED, 1)]
-    terms = [Term(DECOUPLED, Window(), each.terms[0].weighed, frozenset({n})) for n, each in enumerate(made)]
+    terms = [Term(DECOUPLED, Window(), each.terms[0].weighed, items=frozenset({n})) for n, each in enumerate(made)]
     operations = steady("sdxl", Injection(terms, 70), Call(rows(2), 0.5, EQUAL, items=(0, 1, 0, 1)))
     assert operations.counts["neg"] == 4 * 70
     assert not TRAFFIC & set(operations.counts) - {"copy_"}

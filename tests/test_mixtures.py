@@ -138,7 +138,7 @@ def test_every_row_sees_the_pictures_of_its_item(placed: str, call: str, lengths
     for formulation, weight, where, seed in specs:
         prompts = {COND: (picture(4, seed),), UNCOND: (picture(4, seed + 50),)}
         weighed = weigh(prompts, formulation, weight, (), WIDEST, UNCOND)
-        terms.append(Term(formulation, Window(), weighed, where))
+        terms.append(Term(formulation, Window(), weighed, items=where))
         raw.append(prompts)
     seen = max(lengths)
     q = text(len(roles), 1)[0]
@@ -171,7 +171,7 @@ def test_every_row_sees_the_pictures_of_its_item(placed: str, call: str, lengths
 
 def test_rows_of_unknown_items_are_refused() -> None:
     weighed = weigh({COND: (picture(4, 1),)}, JOINT, 1.0, (), WIDEST, UNCOND)
-    injection = Injection([Term(JOINT, Window(), weighed, frozenset({0}))], LAYERS)
+    injection = Injection([Term(JOINT, Window(), weighed, items=frozenset({0}))], LAYERS)
     with pytest.raises(IPAdapterError, match="which row belongs to which"):
         injection.plan(Call((COND, COND), 0.5), 7, torch.device("cpu"), torch.float32)
 

@@ -37,7 +37,8 @@ def _plot(
                     wanted = {"adapter": adapter, "formulation": form, "weight": 1.0, "stop": 1.0, "negative": "auto"}
                     wanted[name] = value
                     found = [plain] if value == 0 else [each for each in references if each["steering"] == wanted]
-                    points |= {value: each[measure] for each in found}
+                    if found:
+                        points[value] = found[0][measure]
                 if len(points) < 2:
                     continue  # not measured
                 errors = [standard_error(point, known["references"]) for point in points.values()]
