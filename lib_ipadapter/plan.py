@@ -145,7 +145,7 @@ class _Addition:
 
     index: slice | Tensor | None
     images: ImageKV
-    """``[1 or 2, T, C]`` each: the batch's rows are folded into as many, their queries side by side."""
+    """``[n, T, C]`` each, one for each role: the batch's rows are folded into as many, their queries side by side."""
 
     def attend(self, layer: int, q: Tensor, heads: int) -> Tensor:
         """What is added to these rows, ``[R, N, C]``."""
@@ -172,14 +172,14 @@ def _additions(roles: Sequence[int], images: Images, device: torch.device) -> li
         if given
     }
     rows = {role: [row for row, each in enumerate(roles) if each == role] for role in whole}
-    if len(whole) == 2:
-        (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
+    if len(whole) > 1:
+        together, index = list(whole.values()), _index([row for each in rows.values() for row in each], -1, device)
         if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
-            keys = [evenly((a[0], b[0])) for a, b in zip(first.keys, second.keys, strict=True)]
-            values = [evenly((a[0], b[0])) for a, b in zip(first.values, second.values, strict=True)]
+            keys = [evenly([t[0] for t in layer]) for layer in zip(*(image.keys for image in together), strict=True)]
+            values = [evenly([t[0] for t in layer]) for layer in zip(*(i.values for i in together), strict=True)]
             if not any(t is None for t in (*keys, *values)):
-                both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
-                return [_Addition(None if index == slice(0, len(roles)) else index, both)]
+                folded = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
+                return [_Addition(None if index == slice(0, len(roles)) else index, folded)]
     return [_Addition(_index(rows[role], len(roles), device), image) for role, image in whole.items()]
 
 

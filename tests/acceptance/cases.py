@@ -55,13 +55,14 @@ def unit(adapter: str = "plus", **fields: Any) -> dict[str, Any]:
     return {"model": f"acceptance-{adapter}.safetensors", "images": [PHOTOGRAPH], **fields}
 
 
-ScriptArgs = Callable[[Server], list[Any]]
-
-
 def pair(**fields: Any) -> dict[str, Any]:
-    """A unit with two pictures."""
-    one = unit(**fields)
-    return one | {"images": [*one["images"], base64_photo("chelsea")]}
+    """A unit with two pictures, the second being the first upside down."""
+    picture = Image.open(io.BytesIO(base64.b64decode(PHOTOGRAPH)))
+    turned = encoded(picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    return unit(**fields) | {"images": [PHOTOGRAPH, turned]}
+
+
+ScriptArgs = Callable[[Server], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,11 @@ def sd15_cases(webui: WebUI) -> list[Case]:
         Case("style precise, joint", units=(unit(layers="style precise", composition_weight=0.5),)),
         Case("K+mean(V) with penalty", units=(unit(formulation="K+mean(V) with penalty"),)),
         Case("curve", {"steps": 4}, units=(unit(curve="0.2@0, 1@0.5, 0@0.9"),)),
-        Case("curve in steps, hires off", {**hires, "steps": 4}, units=(unit(curve="1@0, 0.2@1", timing="steps", hires="off"),)),
+        Case(
+            "curve in steps, hires off",
+            {**hires, "steps": 4},
+            units=(unit(curve="1@0, 0.2@1", timing="steps", hires="off"),),
+        ),
         Case("one picture per batch item", {"batch_size": 2}, units=(pair(pictures="one per batch item"),)),
         Case("average, noise as negative", units=(pair(mixture="average", noise="shuffle"),)),
         Case("balance of two pictures", units=(pair(balance=True),)),
