@@ -15,6 +15,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -65,7 +66,7 @@ class Table:
     version: str = ""
 
     def wants(self, name: str) -> bool:
-        return self.only in name
+        return re.search(self.only, name) is not None
 
     def run(self, name: str, case: Callable[[], str]) -> None:
         """Runs a case that was asked for; it returns what went wrong."""
@@ -306,7 +307,7 @@ def main() -> int:
     parser.add_argument("--webui", type=Path, required=True, help="folder of the installed WebUI")
     parser.add_argument("--python", default=sys.executable, help="the Python that the WebUI runs on")
     parser.add_argument("--models", type=Path, help="folder for the random models, kept; default: a temporary one")
-    parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument("--only", default="", help="run only cases whose name matches this expression")
     parser.add_argument("--sdxl", action="store_true", help="SDXL cases too (not in AUTOMATIC1111)")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="N generations in a row, in two processes")
     parser.add_argument("--pictures", type=Path, help="folder where the pictures of all cases are left")
