@@ -22,6 +22,7 @@ from PIL import Image
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.pictures import prepare, read_picture
 from lib_ipadapter.units import Unit
+from tests.demo_model.install import NAME, install
 
 from . import Host
 from .demo_models import make_demo_models
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unit.add_argument("--preparation", default="crop")
     unit.add_argument("--adapter", choices=("base", "plus"), default="plus", help="kind of the demo adapter")
     parser.add_argument(
+        "--install", type=Path, metavar="WEBUI", help="put the trained model into this AUTOMATIC1111's folders, no more"
+    )
+    parser.add_argument(
         "--model",
         choices=(TRAINED, *sorted(SHAPES)),
         default=TRAINED,
@@ -70,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.size < 64 or args.size % 64:
         parser.error(f"--size is {args.size}; it must be a multiple of 64")
+    if args.install is not None:
+        return _install(args.install)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         models = Path(temporary, "models")
         try:
@@ -77,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (IPAdapterError, OSError) as error:
             print(f"dev.py demo: {error}", file=sys.stderr)
             return 1
+
+
+def _install(webui: Path) -> int:
+    try:
+        files = install(webui)
+    except (IPAdapterError, OSError) as error:
+        print(f"dev.py demo: {error}", file=sys.stderr)
+        return 1
+    for path, is_new in files.items():
+        print(f"Wrote {path}." if is_new else f"{path} was there already.")
+    print(f"Choose the checkpoint {NAME}, 128 x 128 pixels and CFG scale 4; in the accordion demo-plus and decoupled.")
+    return 0
 
 
 def trained_models(folder: Path) -> Path:
