@@ -33,7 +33,24 @@ def test_everything_has_its_place(webui: Path) -> None:
     tokenizer = Path(model["cond_stage_config"]["params"]["version"])
     assert (tokenizer / "vocab.json").read_bytes() == (WEIGHTS / "tokenizer" / "vocab.json").read_bytes()
     assert model["unet_config"]["params"]["channel_mult"] == [1, 1, 1, 1]
-    assert install(webui) == []  # there already
+    assert model["cond_stage_config"]["params"]["layer"] == "last"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {f"{NAME}.safetensors", f"{NAME}.yaml", tokenizer.name}, "nothing temporary is left"
+
+
+def test_twice_is_the_same(webui: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = install(webui)
+    assert all(first.values())
+    times = {path: path.stat().st_mtime_ns for path in first}
+    assert main(["--install", str(webui)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{path} was there already." in said for path in first)
+    assert "Wrote" not in said
+    assert {path: path.stat().st_mtime_ns for path in first} == times
+    missing = webui / "models" / "ipadapter" / "demo-plus.safetensors"
+    missing.unlink()
+    assert main(["--install", str(webui)]) == 0
+    assert capsys.readouterr().out.count("Wrote ") == 1 and missing.is_file()
 
 
 def test_a_file_of_the_users_stays(webui: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +61,18 @@ def test_a_file_of_the_users_stays(webui: Path, capsys: pytest.CaptureFixture[st
     assert str(own) in capsys.readouterr().err
     assert own.read_bytes() == b"mine"
     assert not (webui / "models" / "Stable-diffusion").exists()
+
+
+def test_a_link_of_the_users_that_leads_nowhere_stays(webui: Path, tmp_path: Path) -> None:
+    own = webui / "models" / "clip_vision" / "demo-vision.safetensors"
+    own.parent.mkdir()
+    try:
+        own.symlink_to(tmp_path / "unplugged" / "encoder.safetensors")
+    except OSError:
+        pytest.skip("This system makes no links.")
+    with pytest.raises(IPAdapterError, match="Nothing was written"):
+        install(webui)
+    assert own.is_symlink() and not (webui / "models" / "ipadapter").exists()
 
 
 def test_forge_and_other_folders_are_refused(webui: Path, tmp_path: Path) -> None:

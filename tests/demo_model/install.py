@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 from lib_ipadapter.errors import IPAdapterError
+from lib_ipadapter.hosts.folders import ADAPTERS, ENCODERS
 
 from .store import BASE, CHECKPOINT, PLUS, VISION
 from .unet import UNetSizes
@@ -50,7 +53,7 @@ CONFIGURATION = """model:
         lossconfig: {{target: torch.nn.Identity}}
     cond_stage_config:
       target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
-      params: {{version: {tokenizer}}}
+      params: {{version: {tokenizer}, layer: last}}
 """
 """What AUTOMATIC1111 must know beside the tensors. It holds a path, so it is written where it is read."""
 
@@ -71,15 +74,16 @@ def configuration(tokenizer: Path) -> str:
     )
 
 
-def install(webui: Path) -> list[Path]:
+def install(webui: Path) -> dict[Path, bool]:
     """Puts the trained model's files into a WebUI's folders; those that are there already are left alone.
 
     Returns:
-        What was written.
+        Where each file is, and whether it was written now; False: it was there already, the same.
 
     Raises:
         IPAdapterError: if it is no AUTOMATIC1111, or a file of the user's has the name of one of these. Nothing is
             written then.
+        OSError: if a file can't be read or written.
     """
     webui = webui.resolve()
     if not (webui / "webui.py").is_file() or not (webui / "models").is_dir():
@@ -93,28 +97,48 @@ def install(webui: Path) -> list[Path]:
             "install it into an AUTOMATIC1111, or start dev.py demo without --install."
         )
     files = {webui / place: content for place, content in _files(webui / TOKENIZER).items()}
+    there = {path for path in files if os.path.lexists(path)}
+    others = [path for path in files if path in there and not _holds(path, files[path])]
+    if others:
+        names = ", ".join(map(str, others))
+        raise IPAdapterError(
+            f"Nothing was written, since what is there already under these names is something else: {names}; move or "
+            "rename it, then install again."
+        )
     for path, content in files.items():
-        if path.exists() and (not path.is_file() or path.read_bytes() != content):
-            raise IPAdapterError(
-                f"{path} is there already and is something else, and nothing was written: move or rename it, then "
-                "install again."
-            )
-    written = [path for path in files if not path.exists()]
-    for path in written:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(files[path])
-    return written
+        if path not in there:
+            _write(path, content)
+    return {path: path not in there for path in files}
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def _write(path: Path, content: bytes) -> None:
+    """As a whole or not at all, or an interrupted installation would be in the way of the next."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".part", delete=False) as part:
+        beside = Path(part.name)
+        part.write(content)
+    try:
+        beside.chmod(0o644)  # not private, as temporary files are: the WebUI may run as somebody else
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _files(tokenizer: Path) -> dict[Path, bytes]:
     """What goes where, relative to the WebUI's folder."""
+    adapters, encoders = (Path("models", places.models[0]) for places in (ADAPTERS, ENCODERS))
     own = {
         CHECKPOINTS / f"{NAME}.safetensors": CHECKPOINT,
-        Path("models", "clip_vision", VISION): VISION,
-        Path("models", "ipadapter", BASE): BASE,
-        Path("models", "ipadapter", PLUS): PLUS,
+        encoders / VISION: VISION,
+        adapters / BASE: BASE,
+        adapters / PLUS: PLUS,
     }
     files = {place: (WEIGHTS / name).read_bytes() for place, name in own.items()}
-    files |= {TOKENIZER / path.name: path.read_bytes() for path in (WEIGHTS / "tokenizer").iterdir()}
+    files |= {TOKENIZER / path.name: path.read_bytes() for path in sorted((WEIGHTS / "tokenizer").iterdir())}
     files[CHECKPOINTS / f"{NAME}.yaml"] = configuration(tokenizer).encode("utf-8")
     return files

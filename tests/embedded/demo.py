@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _install(webui: Path) -> int:
     try:
-        written = install(webui)
+        files = install(webui)
     except (IPAdapterError, OSError) as error:
         print(f"dev.py demo: {error}", file=sys.stderr)
         return 1
-    for path in written:
-        print(f"Wrote {path}.")
+    for path, is_new in files.items():
+        print(f"Wrote {path}." if is_new else f"{path} was there already.")
     print(f"Choose the checkpoint {NAME}, 128 x 128 pixels and CFG scale 4; in the accordion demo-plus and decoupled.")
     return 0
 
