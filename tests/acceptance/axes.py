@@ -20,10 +20,12 @@ AXES: Mapping[str, tuple[str, list[dict[str, Any]]]] = {
     "[IP-Adapter] formulation": ("joint, decoupled", [{"formulation": "joint"}, {"formulation": "decoupled"}]),
     "[IP-Adapter] uncond": ("none, zero pixels", [{"uncond": "none"}, {"uncond": "zero pixels"}]),
     "[IP-Adapter] preparation": ("squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
+    "[IP-Adapter] layers": ("style, 0:1; 5:0.5", [{"layers": "style"}, {"layers": "0:1, 5:0.5"}]),
+    "[IP-Adapter] curve": ("1@0; 0@0.6, 0.5@0", [{"curve": "1@0, 0@0.6"}, {"curve": "0.5@0"}]),
     "[IP-Adapter] image": ("1, 2", [{"images": [PHOTOGRAPH]}, {"images": [half_mask()]}]),
 }
 """Values of an axis, and what each makes of the unit."""
-LISTED = 2 * 9
+LISTED = 2 * 13
 """Axes of two units."""
 WRONG: Mapping[str, tuple[str, str]] = {
     "[IP-Adapter] weight": ("0.3, 7", "from -5 to 5"),
