@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import IPAdapterError
+from .masks import TEMPLATES
 
 SCHEMA_VERSION = 1
 """Version of the unit's JSON, written with every unit; a newer one is refused, an older one is read."""
@@ -42,6 +43,7 @@ FOREIGN_NAMES = {
     "end": "stop",
     "ending_step": "stop",
     "guidance_end": "stop",
+    "effective_region_mask": "mask",
     "guidance_start": "start",
     "module": "model",
     "picture": "images",
@@ -63,6 +65,88 @@ MIDDLE: Crop = (0.5, 0.5, 1.0)
 ZOOM_RANGE = (1.0, 10.0)
 
 
+SHORTEST_PICTURE = 32
+"""Characters below which a mask's text can only be meant as a template's name: no picture is so few bytes."""
+
+
+@dataclass(frozen=True)
+class MaskRef:
+    """Where a unit, or one of its pictures, acts: nothing (everywhere), or one of three.
+
+    ``template`` is a key of :data:`.masks.TEMPLATES`, ``data`` a picture's bytes as text (base64 or a data URI),
+    ``sha256`` the hash of a picture that is kept. The picture is stretched over the canvas; white acts, black and what
+    is transparent don't. ``feather`` is the width of soft edges as a share of the canvas's shorter side, 0…1, and
+    ``invert`` turns the mask round.
+    """
+
+    template: str = ""
+    data: str = ""
+    sha256: str = ""
+    feather: float = 0.0
+    invert: bool = False
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, each.name) is each.default for each in fields(self)):
+            return  # the default of other classes, made before the functions that check exist
+        for name in ("template", "data", "sha256"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise IPAdapterError(f'The mask\'s "{name}" is {_shown(value)}; allowed is a text.')
+            if name != "data" or not value.strip():
+                object.__setattr__(self, name, value.strip())
+        given = [name for name in ("template", "data", "sha256") if getattr(self, name)]
+        if len(given) > 1:
+            raise IPAdapterError(
+                f'The mask has {" and ".join(f"{chr(34)}{name}{chr(34)}" for name in given)}; allowed is one of '
+                '"template", "data" (base64 or a data URI) and "sha256" (the hash of a kept picture).'
+            )
+        if self.template:
+            object.__setattr__(self, "template", _as_template(self.template))
+        if self.sha256:
+            object.__setattr__(self, "sha256", _as_hash("mask", self.sha256))
+        object.__setattr__(self, "feather", _as_number("feather", self.feather, WINDOW_RANGE))
+        _require_bool("invert", self.invert)
+        if not given and self != MaskRef():
+            raise IPAdapterError(
+                'The mask has "feather" or "invert" and nothing that they change; allowed is to give "template", '
+                '"data" or "sha256" too, or to leave them out.'
+            )
+
+    def __bool__(self) -> bool:
+        """Whether there is a mask."""
+        return bool(self.template or self.data or self.sha256)
+
+    @classmethod
+    def from_json(cls, value: object) -> MaskRef:
+        """Read a mask: a text (a template's name, base64, a data URI, or '' for none), or an object of the fields."""
+        if isinstance(value, MaskRef):
+            return value
+        if isinstance(value, str):
+            text = value.strip()
+            if not text:
+                return cls()
+            name = _template_key(text)
+            is_name = name in TEMPLATES or (len(text) < SHORTEST_PICTURE and not text.lower().startswith("data:"))
+            return cls(template=text) if is_name else cls(data=value)
+        if isinstance(value, Mapping):
+            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
+            return cls(**value)
+        raise IPAdapterError(
+            f'The field "mask" is {_shown(value)}; allowed is a template\'s name, base64, a data URI, or an object '
+            'such as {"template": "left half", "feather": 0.1}.'
+        )
+
+    def to_json(self) -> str | dict[str, Any]:
+        """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
+        values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+        if not values:
+            return ""
+        return str(next(iter(values.values()))) if list(values) in (["template"], ["data"]) else values
+
+
+NO_MASK = MaskRef()
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """One picture of a unit: either its bytes as text (base64 or a data URI) or the hash of an uploaded one.
@@ -70,13 +154,15 @@ class ImageRef:
     Exactly one of ``data`` and ``sha256`` (64 hexadecimal digits) is filled; otherwise
     :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
     preparation "crop" takes (the others show the whole picture): x and y from 0 (left, top) to 1 (right, bottom) of
-    the way that the square can go, and a zoom from 1 (the shorter side) to 10.
+    the way that the square can go, and a zoom from 1 (the shorter side) to 10. ``mask`` says where on the canvas this
+    picture acts; with the unit's it is multiplied.
     """
 
     data: str = ""
     sha256: str = ""
     weight: float = 1.0
     crop: Crop = MIDDLE
+    mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
         for name, value in (("data", self.data), ("sha256", self.sha256)):
@@ -90,18 +176,14 @@ class ImageRef:
             )
         if self.sha256:
             object.__setattr__(self, "data", "")
-            lowered = self.sha256.lower()
-            if not _SHA256.fullmatch(lowered):
-                raise IPAdapterError(
-                    f'The picture\'s "sha256" is {_shown(self.sha256)}; allowed are 64 hexadecimal digits.'
-                )
-            object.__setattr__(self, "sha256", lowered)
+            object.__setattr__(self, "sha256", _as_hash("picture", self.sha256))
         object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
         object.__setattr__(self, "crop", _as_crop(self.crop))
+        object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
 
     @classmethod
     def from_json(cls, value: object) -> ImageRef:
-        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``, ``weight`` and ``crop``."""
+        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``, and more."""
         if isinstance(value, ImageRef):
             return value
         if isinstance(value, str):
@@ -109,7 +191,7 @@ class ImageRef:
                 raise IPAdapterError("The picture is empty; allowed is base64 or a data URI, or leave it out.")
             return cls(data=value)
         if isinstance(value, Mapping):
-            _refuse_unknown(value, ("data", "sha256", "weight", "crop"))
+            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
             return cls(**value)
         raise IPAdapterError(
             f"The picture is {_shown(value)}; allowed is base64, a data URI, "
@@ -123,6 +205,8 @@ class ImageRef:
             values["weight"] = self.weight
         if self.crop != MIDDLE:
             values["crop"] = list(self.crop)
+        if self.mask:
+            values["mask"] = self.mask.to_json()
         return self.data if list(values) == ["data"] else values
 
 
@@ -134,7 +218,8 @@ class Unit:
     ``start`` and ``stop`` bound the window of progress (0 = pure noise, 1 = done) in which the unit acts,
     0 ≤ start < stop ≤ 1; ``timing`` says what they are parts of: the noise schedule, or the steps of a pass.
     ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
-    name as listed. ``preparation`` says how a picture that isn't square meets the image encoder.
+    name as listed. ``preparation`` says how a picture that isn't square meets the image encoder. ``mask`` says where on
+    the canvas the unit acts.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -152,6 +237,7 @@ class Unit:
     negative: str = ""
     preparation: str = "crop"
     timing: str = "noise"
+    mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
@@ -170,6 +256,7 @@ class Unit:
         _require_choice("uncond", self.uncond, UNCONDS)
         _require_choice("preparation", self.preparation, PREPARATIONS)
         _require_choice("timing", self.timing, TIMINGS)
+        object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
                 'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '
@@ -209,7 +296,7 @@ class Unit:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                values[field.name] = [image.to_json() for image in value] if field.name == "images" else value
+                values[field.name] = _as_json(value)
         return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
@@ -272,6 +359,12 @@ def _parse_unit(number: int, slot: object) -> Unit:
 
 def _is_unused(slot: object) -> bool:
     return slot is None or (isinstance(slot, str) and not slot.strip())
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [image.to_json() for image in value]
+    return value.to_json() if isinstance(value, MaskRef) else value
 
 
 def _parse_object(text: str) -> Any:
@@ -358,6 +451,29 @@ def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
             f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
         )
     return number + 0.0  # −0.0 becomes 0.0
+
+
+def _as_hash(owner: str, value: str) -> str:
+    lowered = value.lower()
+    if not _SHA256.fullmatch(lowered):
+        raise IPAdapterError(f'The {owner}\'s "sha256" is {_shown(value)}; allowed are 64 hexadecimal digits.')
+    return lowered
+
+
+def _template_key(name: str) -> str:
+    return " ".join(name.lower().replace("-", " ").replace("_", " ").split())
+
+
+def _as_template(name: str) -> str:
+    key = _template_key(name)
+    if key not in TEMPLATES:
+        near = _nearest(key, tuple(TEMPLATES))
+        hint = f'the nearest is "{near}" and ' if near else ""
+        raise IPAdapterError(
+            f"The mask is {_shown(name)}, which is no template; {hint}allowed are "
+            f"{', '.join(TEMPLATES)}, base64 and a data URI."
+        )
+    return key
 
 
 def _as_crop(value: object) -> Crop:
