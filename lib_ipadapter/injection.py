@@ -8,14 +8,16 @@ no arithmetic on K/V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .errors import IPAdapterError
 from .formulations import Formulation
-from .plan import Plan, make_plan
+from .masking import Masking
+from .masks import PIXELS, Canvas, Place
+from .plan import ImageKV, Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .rows import Call
 from .weighing import Prompts, Weighed
@@ -28,6 +30,13 @@ class Term:
     formulation: Formulation
     window: Window
     weighed: Weighed
+    places: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
+    """By role, where each entry of ``weighed`` acts; empty: everywhere."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a picture of it acts in a part of the canvas alone."""
+        return any(map(any, self.places.values()))
 
 
 MAX_PLANS = 64
@@ -72,6 +81,9 @@ class Injection:
         """Of each term, where the UNet computes."""
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._is_masked = any(term.is_masked for term in self.terms)
+        self.canvas: Canvas | None = None
+        """What the pass draws; None: what its first UNet call has."""
 
     def progress_seen(self, timing: str = NOISE) -> tuple[float, float] | None:
         """Progress of the first and of the furthest UNet call by a timing; None before there was one."""
@@ -88,7 +100,7 @@ class Injection:
         """Brings K/V where the UNet computes. Called once, before sampling or in its first call."""
         device = torch.empty(0, device=device).device  # "cuda" is some host's name for what tensors call "cuda:0"
         if self._place != (device, dtype):
-            self._prompts = [term.weighed.on(device, dtype) for term in self.terms]
+            self._prompts = [_placed(term.weighed.on(device, dtype), term.places) for term in self.terms]
             self._place = (device, dtype)
             self._plans.clear()
 
@@ -106,7 +118,8 @@ class Injection:
         active = self._active(call)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
-        key = (active, call.roles, text_tokens, real, device, dtype)
+        where = (call.latent, call.tiles) if self._is_masked else None
+        key = (active, call.roles, text_tokens, real, where, device, dtype)
         plan = self._plans.get(key)
         if plan is None:
             self.to(device, dtype)
@@ -117,8 +130,33 @@ class Injection:
             ]
             joint = [prompts for term, prompts in acting if term.formulation.joins_softmax]
             added = [prompts for term, prompts in acting if not term.formulation.joins_softmax]
-            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device)
+            masked = any(term.is_masked for term, _ in acting)
+            masking = self._masking(call, device, dtype) if masked else None
+            plan = self._plans[key] = make_plan(joint, added, call, text_tokens, device, masking)
         return plan
+
+    def _masking(self, call: Call, device: torch.device, dtype: torch.dtype) -> Masking:
+        """The masks where a UNet call draws the whole canvas.
+
+        Raises:
+            IPAdapterError: if it draws a part of it, and nothing says which.
+        """
+        if call.latent is None:
+            raise IPAdapterError(
+                "The WebUI doesn't say how large the latent of a UNet call is, so a mask can't be put on it: take out "
+                "the units' masks."
+            )
+        if self.canvas is None:
+            self.canvas = Canvas(call.latent)
+        if call.tiles > 1 or call.latent != self.canvas.latent:
+            (rows, columns), (height, width) = call.latent, self.canvas.latent
+            raise IPAdapterError(
+                f"The picture is drawn in tiles ({call.tiles} at once, of {PIXELS * columns} x {PIXELS * rows} pixels "
+                f"where all of it has {PIXELS * width} x {PIXELS * height}), and nothing says where each of them lies, "
+                "so a mask can't be put there: switch the tiling off (MultiDiffusion, Tiled Diffusion), or take out "
+                "the units' masks."
+            )
+        return Masking(self.canvas, device, dtype)
 
     def _active(self, call: Call) -> tuple[bool, ...]:
         """Which terms act in the UNet call that begins. Its progress isn't found out where that decides nothing."""
@@ -140,3 +178,16 @@ class Injection:
         return tuple(
             term.window.is_whole or term.window.contains(known(now[term.window.timing])) for term in self.terms
         )
+
+
+def _placed(prompts: Prompts, places: Mapping[int, tuple[Place, ...]]) -> Prompts:
+    """The pictures with the places where they act; one that several entries share stays one where it has one place."""
+    made: dict[tuple[int, Place], ImageKV] = {}
+
+    def placed(image: ImageKV, place: Place) -> ImageKV:
+        return made.setdefault((id(image), place), replace(image, place=place) if place else image)
+
+    return {
+        role: tuple(map(placed, images, places[role])) if any(places.get(role, ())) else images
+        for role, images in prompts.items()
+    }

@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import IPAdapterError
-
 Values = NDArray[np.float64]
 
 PIXELS = 8
@@ -82,14 +80,14 @@ TEMPLATES: Mapping[str, Template] = {
 class Region:
     """The part of the canvas that a pass draws, from 0 (left, top) to 1; it may reach beyond the canvas.
 
-    ``shape`` is the canvas's width over its height; None: the pass's own, since it draws all of it.
+    ``size`` is the canvas's width and height in pixels; None: the pass's own, since it draws all of it.
     """
 
     left: float = 0.0
     top: float = 0.0
     right: float = 1.0
     bottom: float = 1.0
-    shape: float | None = None
+    size: tuple[int, int] | None = None
 
 
 WHOLE = Region()
@@ -153,7 +151,6 @@ class Mask:
         rows, columns: their edges, from 0 to 1.
         feather: width of the soft edges, a share of the canvas's shorter side.
         size: width and height of the picture that it is; None for a template.
-        name: how sentences call it.
     """
 
     values: Values
@@ -161,7 +158,6 @@ class Mask:
     columns: Values
     feather: float = 0.0
     size: tuple[int, int] | None = None
-    name: str = ""
 
     @property
     def is_black(self) -> bool:
@@ -182,7 +178,7 @@ class Mask:
             region: the part of the canvas that this is.
         """
         height, width = latent
-        shape = width / height if region.shape is None else region.shape
+        shape = width / height if region.size is None else region.size[0] / region.size[1]
         soft_x, soft_y = (self.feather / shape, self.feather) if shape > 1 else (self.feather, self.feather * shape)
         x = _coverage(self.columns, _cells(width, depth, region.left, region.right), soft_x)
         y = _coverage(self.rows, _cells(height, depth, region.top, region.bottom), soft_y)
@@ -197,7 +193,7 @@ def of_template(name: str, feather: float = 0.0, invert: bool = False) -> Mask:
     template = TEMPLATES[name]
     values = np.array(template.values)
     edges = (np.array(each, dtype=np.float64) for each in (template.rows, template.columns))
-    return Mask(1 - values if invert else values, *edges, feather, None, name)
+    return Mask(1 - values if invert else values, *edges, feather)
 
 
 def of_picture(picture: Image.Image, feather: float = 0.0, invert: bool = False) -> Mask:
@@ -211,7 +207,7 @@ def of_picture(picture: Image.Image, feather: float = 0.0, invert: bool = False)
         np.minimum(np.arange(count + 1) * factor, side) / side
         for count, side in zip(values.shape, (height, width), strict=True)
     )
-    return Mask(1 - values if invert else values, rows, columns, feather, (width, height), "picture")
+    return Mask(1 - values if invert else values, rows, columns, feather, (width, height))
 
 
 Place = tuple[Mask, ...]
@@ -231,6 +227,11 @@ class Canvas:
     region: Region = WHOLE
     _made: dict[Place, tuple[Values, ...]] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole canvas in pixels."""
+        return self.region.size or (PIXELS * self.latent[1], PIXELS * self.latent[0])
+
     def at_every_depth(self, place: Place) -> tuple[Values, ...]:
         """Factors of the queries of every depth, ``[queries]``, row by row; worked out once."""
         if place not in self._made:
@@ -244,8 +245,7 @@ class Canvas:
         """Whether a mask has clearly another shape than the canvas, over which it is stretched."""
         if mask.size is None:
             return False
-        shape = self.latent[1] / self.latent[0] if self.region.shape is None else self.region.shape
-        ratio = mask.size[0] / mask.size[1] / shape
+        ratio = mask.size[0] / mask.size[1] / (self.size[0] / self.size[1])
         return max(ratio, 1 / ratio) > MISSHAPEN
 
 
@@ -253,24 +253,10 @@ MISSHAPEN = 1.1
 """How many times as wide a mask may be for its height as the canvas before that is told."""
 
 
-def check(place: Place, whose: str) -> None:
-    """Raises :class:`IPAdapterError` for masks that together let a picture act nowhere.
-
-    Args:
-        whose: what the sentence calls the owner, such as "picture 2".
-    """
-    for mask in place:
-        if mask.is_black:
-            raise IPAdapterError(
-                f"The mask of {whose} is black everywhere, so it would act nowhere: paint white where it shall act "
-                "(transparent counts as black), or invert the mask."
-            )
-    # Finer than any pixel that matters: the longest grid that a mask of LONGEST pixels has.
-    if len(place) > 1 and not np.prod([mask.on((LONGEST // 2, LONGEST // 2)) for mask in place], axis=0).any():
-        raise IPAdapterError(
-            f"The masks of the unit and of {whose} have nothing in common, so it would act nowhere: let them overlap, "
-            "or take one of them out."
-        )
+def overlap(place: Place) -> bool:
+    """Whether masks that are multiplied leave anything."""
+    side = LONGEST // 2
+    return len(place) < 2 or bool(np.prod([mask.on((side, side)) for mask in place], axis=0).any())
 
 
 # --- For people -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
@@ -171,11 +171,7 @@ def _additions(roles: Sequence[int], images: Images, device: torch.device) -> li
     places = dict.fromkeys(image.place for role in roles for image in images.get(role, ()))
     if len(places) < 2:
         return _additions_in(next(iter(places), ()), roles, images, device)
-    return [
-        addition
-        for place in places
-        for addition in _additions_in(place, roles, _only_in(place, images), device)
-    ]
+    return [addition for place in places for addition in _additions_in(place, roles, _only_in(place, images), device)]
 
 
 def _only_in(place: Place, images: Images) -> Images:
@@ -247,10 +243,12 @@ class Plan:
             out = base(q, keys, values, heads)
         elif replaced is None:
             extended = zip(self.joined, self.extended(layer, BOTH, k, v), strict=True)
-            out = self._together([
-                self._attend_group(each, each.pick(q), keys, values, heads, attention)
-                for each, (keys, values) in extended
-            ])
+            out = self._together(
+                [
+                    self._attend_group(each, each.pick(q), keys, values, heads, attention)
+                    for each, (keys, values) in extended
+                ]
+            )
         elif any(group.runs for group in self.joined):
             raise IPAdapterError(
                 "Something else replaces this cross-attention layer (another extension, or an earlier patch_model), "
@@ -309,9 +307,12 @@ class Plan:
         """``out``, the layer's output before ``to_out``, with what the decoupled units add."""
         for addition in self.added:
             part = addition.attend(layer, q, heads)
+            rows = out if addition.index is None else out[addition.index]
             if addition.place and self.masking is not None:
-                part = part * self.masking.factor(addition.place, q.shape[1])
-            out = out + part if addition.index is None else _changed(out, addition.index, out[addition.index] + part)
+                rows = torch.addcmul(rows, part, self.masking.factor(addition.place, q.shape[1]))
+            else:
+                rows = rows + part
+            out = rows if addition.index is None else _changed(out, addition.index, rows)
         return out
 
     def gate(self, layer: int, q: Tensor, k: Tensor, out: Tensor, heads: int) -> Tensor:
@@ -356,7 +357,7 @@ def _mixed(
         sums.append(found + masking.log(place, q.shape[1]) if place else found)
     shares = torch.stack(sums).softmax(dim=0).to(out.dtype)  # the text's sum is finite, whatever the masks say
     parts = (share.unsqueeze(-1) * each.unflatten(-1, (heads, -1)) for share, each in zip(shares, outs, strict=True))
-    return sum(parts, start=torch.zeros((), dtype=out.dtype, device=out.device)).flatten(2)
+    return reduce(torch.add, parts).flatten(2)
 
 
 def _changed(whole: Tensor, index: slice | Tensor, part: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ from .injection import Term
 from .kept import Kept
 from .library import Library
 from .packing import in_host_memory
+from .mask_pictures import MaskPictures, PreparedMasks, told
+from .masks import Canvas, Mask
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
@@ -62,6 +64,7 @@ class PreparedUnit:
     unconds: tuple[ImageKV, ...]
     weighed: Weighed
     fingerprint: str
+    masks: PreparedMasks
     hashes: tuple[str, ...]
     """Of the content of each picture of the unit, also those that take no part."""
     problems: tuple[str, ...] = ()
@@ -75,15 +78,26 @@ class PreparedUnit:
     def term(self, info: UNetInfo) -> Term:
         """The unit on a UNet; raises :class:`IPAdapterError` if its adapter is made for another one."""
         check_fit(self.unit.model, self.kind, info)
-        return Term(self.formulation, self.window, self.weighed)
+        places = dict.fromkeys((COND, UNCOND), self.masks.places) if self.is_masked else {}
+        return Term(self.formulation, self.window, self.weighed, places)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether any picture acts in a part of the canvas alone."""
+        return any(self.masks.places)
+
+    def on_canvas(self, canvas: Canvas) -> list[str]:
+        """Puts the masks on a pass's canvas, and says what is odd about that."""
+        return [sentence for place in dict.fromkeys(self.masks.places) if place for sentence in told(place, canvas)]
 
     @property
     def by_hash(self) -> Unit:
         """The unit with its pictures by the hash of their content."""
-        images = zip(self.unit.images, self.hashes, strict=True)
+        images = zip(self.unit.images, self.hashes, self.masks.images, strict=True)
         return replace(
             self.unit,
-            images=tuple(ImageRef(sha256=sha256, weight=ref.weight, crop=ref.crop) for ref, sha256 in images),
+            images=tuple(replace(ref, data="", sha256=sha256, mask=mask) for ref, sha256, mask in images),
+            mask=self.masks.unit,
         )
 
     @property
@@ -107,6 +121,7 @@ class Preparer:
         self._run = run
         self._first = first
         self._kept = Kept(limit, _weigh)
+        self._masks = MaskPictures(self._kept)
 
     def prepare(self, units: Sequence[Unit], info: UNetInfo) -> list[PreparedUnit]:
         """K/V of the pictures of a generation's units, and of none.
@@ -140,8 +155,19 @@ class Preparer:
             ("weighed", job.source(uncond), formulation.name, unit.weight, shares, widest),
             lambda: weigh(prompts, formulation, unit.weight, shares, widest, self._first),
         )
+        masks = self._masks.prepare(unit)
         return PreparedUnit(
-            unit, kind, formulation, uncond, tuple(conds), unconds, weighed, fingerprint(path), job.hashes, job.stored()
+            unit,
+            kind,
+            formulation,
+            uncond,
+            tuple(conds),
+            unconds,
+            weighed,
+            fingerprint(path),
+            masks,
+            job.hashes,
+            (*job.stored(), *masks.problems),
         )
 
     def pictures(self, unit: Unit) -> list[Image.Image]:
@@ -290,6 +316,8 @@ def _weigh(value: object) -> int:
         return sum(map(_weigh, value))
     if isinstance(value, ImageKV):
         return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
+    if isinstance(value, Mask):
+        return value.values.nbytes
     return value.nbytes if isinstance(value, (Tensor, Weighed)) else SMALL
 
 

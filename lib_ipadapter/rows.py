@@ -25,6 +25,10 @@ class Call:
     """Text tokens that a role really has, where the host repeats shorter prompts; None: nothing is repeated."""
     executed: float | None = None
     """The share of the pass's UNet calls made before, 0…1; None: the host doesn't say."""
+    latent: tuple[int, int] | None = None
+    """Rows and columns of the latent that the UNet was called with; None: the host doesn't say."""
+    tiles: int = 1
+    """How many times the rows of the sampler's chunks there are; more than once in tiled calls."""
 
 
 def roles_of_rows(

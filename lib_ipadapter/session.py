@@ -20,6 +20,7 @@ from .hosts.loaded import loaded_unet
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
+from .masks import Canvas
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
@@ -40,6 +41,8 @@ class _Run:
     injection: Injection | None = None
     """Has a term for each unit."""
     identity: object = None
+    canvas: Canvas | None = None
+    """What the running pass draws."""
     failed: bool = False
 
 
@@ -147,11 +150,16 @@ class Session:
             self._hashes(),
         )
 
-    def attach(self, p: Any, **_: Any) -> None:
-        """Before every pass: the units go into the UNet that is loaded now."""
+    def attach(self, p: Any, **given: Any) -> None:
+        """Before every pass: the units go into the UNet that is loaded now.
+
+        Args:
+            given: what the host's hook tells; of that, ``x`` is the latent.
+        """
         run: _Run | None = getattr(p, _RUN, None)
         if run is not None and not run.failed:
             run.injection = None
+            run.canvas = self._canvas(p, run, given.get("x"))
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -230,6 +238,17 @@ class Session:
             run.injection = None
         setattr(p, _RUN, None)
 
+    def _canvas(self, p: Any, run: _Run, latent: Any) -> Canvas | None:
+        """What the coming pass draws, with all masks on it; None where there are none, or the host gives no latent."""
+        masked = [each for each in run.units if each.is_masked]
+        if not masked or latent is None:
+            return None
+        canvas = Canvas((int(latent.shape[-2]), int(latent.shape[-1])), self._host.region(p))
+        sentences = [sentence for each in masked for sentence in each.on_canvas(canvas)]
+        for sentence in dict.fromkeys(sentences if run.passes == 0 else ()):
+            self._host.comment(p, sentence)
+        return canvas
+
     def _attach(self, p: Any, run: _Run) -> None:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
         before = run.injection
@@ -255,6 +274,7 @@ class Session:
             len(info.keys),
             lambda progress: _check_stops(run, progress),
         )
+        run.injection.canvas = run.canvas
         if before is not None:
             run.injection.continue_from(before)
         self._host.attach(p, run.injection)

@@ -97,7 +97,7 @@ class MaskRef:
         given = [name for name in ("template", "data", "sha256") if getattr(self, name)]
         if len(given) > 1:
             raise IPAdapterError(
-                f'The mask has {" and ".join(f"{chr(34)}{name}{chr(34)}" for name in given)}; allowed is one of '
+                f"The mask has {' and '.join(f'{chr(34)}{name}{chr(34)}' for name in given)}; allowed is one of "
                 '"template", "data" (base64 or a data URI) and "sha256" (the hash of a kept picture).'
             )
         if self.template:
