@@ -17,7 +17,6 @@ from .masks import Canvas, Mask, Place, of_picture, of_template, overlap
 from .pictures import BLACK, picture_hash, read_picture
 from .units import MaskRef, Unit
 
-
 T = TypeVar("T")
 
 

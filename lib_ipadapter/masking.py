@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import IPAdapterError
-from .masks import Canvas, Place
+from .masks import PIXELS, Canvas, Place, Values
 
 Run = tuple[Place, int]
 """Image tokens one after another that have one mask: it, and how many they are."""
@@ -67,7 +67,7 @@ class Masking:
             self._biases[key] = torch.cat(parts, dim=1).to(self.dtype)
         return self._biases[key]
 
-    def _on_device(self, depths: Sequence[np.ndarray], dtype: torch.dtype) -> Mapping[int, Tensor]:
+    def _on_device(self, depths: Sequence[Values], dtype: torch.dtype) -> Mapping[int, Tensor]:
         """The values of all depths there, by their numbers of queries: views of one tensor, since it is one copy."""
         whole = torch.from_numpy(np.concatenate(depths)).to(dtype).to(self.device)
         parts = torch.split(whole.unsqueeze(1), [len(each) for each in depths])
@@ -77,8 +77,8 @@ class Masking:
         if queries not in depths:
             height, width = self.canvas.latent
             raise IPAdapterError(
-                f"A cross-attention layer has {queries} queries, which no layer of a canvas of {8 * width} x "
-                f"{8 * height} pixels has, so a mask can't be put there: switch off the extension that changes sizes "
-                "inside the UNet (Kohya HRFix, say), or take out the unit's masks."
+                f"A cross-attention layer has {queries} queries, which no layer of a canvas of {PIXELS * width} x "
+                f"{PIXELS * height} pixels has, so a mask can't be put there: switch off the extension that changes "
+                "sizes inside the UNet (Kohya HRFix, say), or take out the unit's masks."
             )
         return depths[queries]

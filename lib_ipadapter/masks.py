@@ -191,9 +191,9 @@ class Mask:
 def of_template(name: str, feather: float = 0.0, invert: bool = False) -> Mask:
     """The mask of a key of :data:`TEMPLATES`."""
     template = TEMPLATES[name]
-    values = np.array(template.values)
-    edges = (np.array(each, dtype=np.float64) for each in (template.rows, template.columns))
-    return Mask(1 - values if invert else values, *edges, feather)
+    values = np.array(template.values, dtype=np.float64)
+    rows, columns = (np.array(edges, dtype=np.float64) for edges in (template.rows, template.columns))
+    return Mask(1 - values if invert else values, rows, columns, feather)
 
 
 def of_picture(picture: Image.Image, feather: float = 0.0, invert: bool = False) -> Mask:

@@ -68,9 +68,9 @@ def read_picture(
 ) -> Image.Image:
     """A picture as upright 8-bit RGB without metadata.
 
-    EXIF orientation is applied, transparency is laid over the background, of an animation the first frame is taken (of an
-    animated ``Image``, the frame it stands at), 16-bit grey is scaled to 8 bits, and CMYK, palettes, bilevel, LAB and
-    so on become RGB as Pillow converts them.
+    EXIF orientation is applied, transparency is laid over the background, of an animation the first frame is taken (of
+    an animated ``Image``, the frame it stands at), 16-bit grey is scaled to 8 bits, and CMYK, palettes, bilevel, LAB
+    and so on become RGB as Pillow converts them.
 
     Args:
         source: text is base64 (line breaks and missing padding are fine) or a base64 data URI, and never a path or an

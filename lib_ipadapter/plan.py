@@ -120,10 +120,9 @@ def _groups(
     groups = []
     for kind in dict.fromkeys(kinds):
         rows = tuple(row for row, each in enumerate(kinds) if each == kind)
-        *tokens, masked = kind
-        groups.append(
-            _Group(rows, tuple(roles[row] for row in rows), *tokens, _index(rows, len(roles), device), masked)
-        )
+        text, image, masked = kind
+        index = _index(rows, len(roles), device)
+        groups.append(_Group(rows, tuple(roles[row] for row in rows), text, image, index, masked))
     return groups
 
 
@@ -350,13 +349,13 @@ def _mixed(
     sums = [_log_sum_exp(q, k[:, : group.text_tokens], heads)]
     counts = [tokens for _, tokens in group.runs]
     for (place, _), some_keys, some_values in zip(
-        group.runs, keys.split(counts, dim=1), values.split(counts, dim=1), strict=True
+        group.runs, torch.split(keys, counts, dim=1), torch.split(values, counts, dim=1), strict=True
     ):
         outs.append(scaled_dot_product(q, some_keys, some_values, heads))
         found = _log_sum_exp(q, some_keys, heads)
         sums.append(found + masking.log(place, q.shape[1]) if place else found)
     shares = torch.stack(sums).softmax(dim=0).to(out.dtype)  # the text's sum is finite, whatever the masks say
-    parts = (share.unsqueeze(-1) * each.unflatten(-1, (heads, -1)) for share, each in zip(shares, outs, strict=True))
+    parts = [share.unsqueeze(-1) * each.reshape(*share.shape, -1) for share, each in zip(shares, outs, strict=True)]
     return reduce(torch.add, parts).flatten(2)
 
 

@@ -37,9 +37,9 @@ from .infotext import Facts
 from .injection import Term
 from .kept import Kept
 from .library import Library
-from .packing import in_host_memory
 from .mask_pictures import MaskPictures, PreparedMasks, told
 from .masks import Canvas, Mask
+from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .progress import Window
