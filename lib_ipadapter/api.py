@@ -15,6 +15,8 @@ from .encoding import resolve_uncond
 from .errors import IPAdapterError
 from .formulations import resolve_formulation
 from .hosts.base import UNetInfo
+from .kept import Kept
+from .mask_pictures import MaskPictures
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
 from .progress import STEPS, Window
@@ -115,6 +117,7 @@ class Answers:
         if not unit.images:
             raise IPAdapterError("The unit has no picture; give it at least one.")
         pictures = [self._picture(image) for image in unit.images]
+        MaskPictures(Kept(lambda: 0, lambda _: 0)).prepare(unit, store=False)
         return {
             "model": unit.model,
             "kind": kind.description,

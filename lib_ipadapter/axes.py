@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import IPAdapterError
+from .masks import TEMPLATES
 from .pictures import read_picture
 from .units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
@@ -88,6 +89,7 @@ _KINDS = (
     _Kind("uncond", "uncond", tuple(each for each in UNCONDS if each != "file")),
     _Kind("preparation", "preparation", PREPARATIONS),
     _Kind("timing", "timing", TIMINGS),
+    _Kind("mask", "mask", tuple(TEMPLATES)),
 )
 
 

@@ -40,8 +40,11 @@ class MaskPictures:
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
 
-    def prepare(self, unit: Unit) -> PreparedMasks:
+    def prepare(self, unit: Unit, store: bool = True) -> PreparedMasks:
         """All masks of a unit.
+
+        Args:
+            store: whether their pictures are kept for those who paste the result's parameters.
 
         Raises:
             IPAdapterError: for a mask that can't be read or is black, and for a picture that would act nowhere because
@@ -54,7 +57,7 @@ class MaskPictures:
             if ref.template or not ref or not (acts or ref.data or references.has(ref.sha256)):
                 return ref
             sha256, read = self._source(ref, whose)
-            problem = references.keep(sha256, read)
+            problem = references.keep(sha256, read) if store else ""
             problems.extend([problem] if problem else [])
             return replace(ref, data="", sha256=sha256)
 

@@ -122,12 +122,7 @@ class MaskRef:
         if isinstance(value, MaskRef):
             return value
         if isinstance(value, str):
-            text = value.strip()
-            if not text:
-                return cls()
-            name = _template_key(text)
-            is_name = name in TEMPLATES or (len(text) < SHORTEST_PICTURE and not text.lower().startswith("data:"))
-            return cls(template=text) if is_name else cls(data=value)
+            return cls() if not value.strip() else cls(template=value) if _is_name(value) else cls(data=value)
         if isinstance(value, Mapping):
             _refuse_unknown(value, tuple(field.name for field in fields(cls)))
             return cls(**value)
@@ -141,7 +136,8 @@ class MaskRef:
         values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
         if not values:
             return ""
-        return str(next(iter(values.values()))) if list(values) in (["template"], ["data"]) else values
+        says_all = list(values) == ["template"] or (list(values) == ["data"] and not _is_name(self.data))
+        return str(next(iter(values.values()))) if says_all else values
 
 
 NO_MASK = MaskRef()
@@ -458,6 +454,12 @@ def _as_hash(owner: str, value: str) -> str:
     if not _SHA256.fullmatch(lowered):
         raise IPAdapterError(f'The {owner}\'s "sha256" is {_shown(value)}; allowed are 64 hexadecimal digits.')
     return lowered
+
+
+def _is_name(text: str) -> bool:
+    """Whether a mask's text is the name of a template, or meant as one."""
+    text = text.strip()
+    return _template_key(text) in TEMPLATES or (len(text) < SHORTEST_PICTURE and text[:5].lower() != "data:")
 
 
 def _template_key(name: str) -> str:

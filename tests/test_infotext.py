@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
-from lib_ipadapter.units import PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, Unit
+from lib_ipadapter.masks import TEMPLATES
+from lib_ipadapter.units import NO_MASK, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, MaskRef, Unit
 from tests.embedded.infotext import create_infotext, parse_generation_parameters
 
 HASH = "0123456789abcdef" * 4
@@ -55,7 +56,13 @@ parts = st.floats(0, 1)
 crops = st.tuples(parts, parts, st.floats(1, 10))
 weights = st.floats(-5, 5)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
-images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops)
+masks = st.just(NO_MASK) | st.builds(
+    lambda source, feather, invert: MaskRef(**source, feather=feather, invert=invert),
+    hashes.map(lambda text: {"sha256": text}) | st.sampled_from(sorted(TEMPLATES)).map(lambda name: {"template": name}),
+    st.just(0.0) | parts,
+    st.booleans(),
+)
+images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops, mask=masks)
 
 
 @st.composite
@@ -75,6 +82,7 @@ def units(draw: st.DrawFn) -> Unit:
         negative=draw(texts) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
         timing=draw(st.sampled_from(TIMINGS)),
+        mask=draw(masks),
     )
 
 
@@ -147,6 +155,42 @@ def test_a_plain_unit_reads_well() -> None:
     }
 
 
+def test_masks_read_well() -> None:
+    images = (
+        ImageRef(sha256=HASH, weight=0.5, mask=MaskRef(template="top left quarter", feather=0.1)),
+        ImageRef(sha256=HASH, mask=MaskRef(sha256=HASH)),
+    )
+    unit = Unit(model="a", images=images, mask=MaskRef(template="left half", invert=True))
+    keys = write({1: unit})
+    assert keys == {
+        "IP-Adapter 1": "model: a, weight: 1, mask: left-half inverted, "
+        f"picture 1: {HASH} weight 0.5 mask top-left-quarter feather 0.1, picture 2: {HASH} mask {HASH}"
+    }
+    found = parse(through_host(keys), has_picture=lambda _: False)
+    assert found.units[0] == unit
+    assert any(note.startswith(f"Unit 1: the mask of picture 2 ({HASH}) isn't kept here") for note in found.notes)
+
+
+def test_hashes_of_masks_can_be_left_out() -> None:
+    unit = Unit(model="a", images=(ImageRef(sha256=HASH),), mask=MaskRef(sha256="e" * 64, feather=0.5))
+    keys = write({1: unit}, hashes=False)
+    assert "mask: hidden feather 0.5" in keys["IP-Adapter 1"]
+    found = parse(keys)
+    assert found.units[0] == Unit(model="a")
+    assert "Unit 1: the infotext has no hash of its mask, so add it again." in found.notes
+    template = replace(unit, mask=MaskRef(template="centre"))
+    assert parse(write({1: template}, hashes=False)).units[0] == replace(template, images=())
+
+
+@pytest.mark.parametrize("mask", ["left-haf", "", "left-half feather", "left-half feather 7", HASH[:-1]])
+def test_a_mask_that_cannot_be_read_is_said(mask: str) -> None:
+    for text in (f"mask: {mask}, picture 1: {HASH}", f"picture 1: {HASH} mask {mask}"):
+        found = parse({"IP-Adapter 1": text})
+        assert found.units[0] == Unit(images=(ImageRef(sha256=HASH),))
+        (note,) = found.notes
+        assert "mask" in note and "can't be read, so choose it again" in note
+
+
 def test_several_units_keep_their_numbers() -> None:
     wanted = {n: Unit(model=f"{n}.safetensors", images=(ImageRef(sha256=HASH),)) for n in (1, 3, UNIT_SLOTS)}
     found = parse(through_host(write(wanted)))
@@ -174,11 +218,11 @@ def test_an_older_version_is_read() -> None:
 
 def test_what_a_newer_version_wrote_is_kept_and_named() -> None:
     text = (
-        f'model: x.bin, weight: 0.5, mask: "a, b: c", formulation: triple (soft), picture 1: {HASH} weight 2 tint red'
+        f'model: x.bin, weight: 0.5, veil: "a, b: c", formulation: triple (soft), picture 1: {HASH} weight 2 tint red'
     )
     found = parse(through_host({"IP-Adapter 1": text}))
     assert found.units[0] == Unit(model="x.bin", weight=0.5, images=(ImageRef(sha256=HASH, weight=2),))
-    assert found.unknown == {1: {"mask": '"a, b: c"', "formulation": "triple (soft)", "picture 1 tint": "red"}}
+    assert found.unknown == {1: {"veil": '"a, b: c"', "formulation": "triple (soft)", "picture 1 tint": "red"}}
     (note,) = found.notes
     for name in found.unknown[1]:
         assert name in note
@@ -243,6 +287,8 @@ def test_a_unit_beyond_the_slots_is_named() -> None:
 def test_only_hashes_are_written() -> None:
     with pytest.raises(ValueError, match="by its hash"):
         write({1: Unit(images=(ImageRef(data="aGk="),))})
+    with pytest.raises(ValueError, match="by its hash"):
+        write({1: Unit(mask=MaskRef(data="aGk="))})
 
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286

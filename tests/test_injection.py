@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -35,8 +35,8 @@ def picture(tokens: int, seed: int) -> ImageKV:
 class RawTerm(Term):
     """A term that still knows what it was made of."""
 
-    prompts: Prompts
-    weight: float
+    prompts: Prompts = field(kw_only=True)
+    weight: float = field(kw_only=True)
 
 
 def term(
@@ -50,7 +50,9 @@ def term(
         COND: tuple(picture(tokens, seed + n) for n, tokens in enumerate(conds)),
         UNCOND: tuple(picture(tokens, seed + 50 + n) for n, tokens in enumerate(unconds)),
     }
-    return RawTerm(formulation, Window(), weigh(prompts, formulation, weight, (), WIDEST, UNCOND), prompts, weight)
+    return RawTerm(
+        formulation, Window(), weigh(prompts, formulation, weight, (), WIDEST, UNCOND), prompts=prompts, weight=weight
+    )
 
 
 def text(rows: int, tokens: int, seed: int = 99) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
