@@ -25,7 +25,7 @@ XYZ = PROJECT_ROOT / "tests" / "xyz_extension"
 LABELS = [
     f"[IP-Adapter{unit}] {field}"
     for unit in ("", " 2")
-    for field in ("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing")
+    for field in ("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing", "mask")
 ]
 
 
@@ -61,6 +61,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("formulation", "joint, decoupled", [{"formulation": "joint"}, {"formulation": "decoupled"}]),
     ("uncond", "none, black picture", [{"uncond": "none"}, {"uncond": "black picture"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
+    ("mask", "left half, centre", [{"mask": "left half"}, {"mask": "centre"}]),
     (
         "model",
         "demo-plus-sd15.safetensors, demo-base-sd15.safetensors",
