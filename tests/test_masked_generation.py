@@ -329,12 +329,13 @@ def test_the_whole_unet_through_both_seams(
         plain = unet(x, timesteps, context, **y)
         whole = through_replacements(injection([()]))
         assert float((whole - plain).abs().max()) > 1e-2
-        scale = float(whole.abs().max())
+        # A layer's rounding, 1e-5 at the most, goes through as many as 70 others.
+        limit = 3e-5 * float(whole.abs().max())
         for places in PLACES.values():
             for through in (through_hooks, through_replacements):
-                assert float((through(injection(places)) - whole).abs().max()) < 1e-5 * max(1.0, scale)
+                assert float((through(injection(places)) - whole).abs().max()) < limit
             a, b = (through(injection(places[:1])) for through in (through_hooks, through_replacements))
-            assert float((a - b).abs().max()) < 1e-5 * max(1.0, scale)
+            assert float((a - b).abs().max()) < limit
             assert min(float((a - each).abs().max()) for each in (plain, whole)) > 1e-3
 
 
