@@ -42,7 +42,8 @@ var ipAdapter = (() => {
         const images = list(controls[1]);
         const base = parse(old);
         const before = base ? shown(base) : null;
-        if (before && before.every((value, i) => alike(value, controls[i]))) return old;
+        const unused = (i) => NAMES[i] === "negative" && controls[7] !== "file";
+        if (before && before.every((value, i) => alike(value, controls[i]) || unused(i))) return old;
         if (images.length === 0) return "";
         const unit = { version: 1, ...(base || {}), images };
         NAMES.forEach((name, i) => {
@@ -60,6 +61,7 @@ var ipAdapter = (() => {
 
     function write(id, intents, args) {
         const controls = args.slice(0, NAMES.length);
+        controls[2] = (controls[2] || "").replace(/ \(doesn't fit: [^()]*\)$/, "");  // gradio 3: the label is the value
         const text = unitText(controls, args[NAMES.length] || "");
         slots[id] = text;
         refresh(id, controls);
@@ -76,6 +78,13 @@ var ipAdapter = (() => {
         else if (!slot) next = controls.map((value, i) => (i === 1 ? "" : value));
         refresh(id, next);
         return next;
+    }
+
+    // A slot whose unit has no tab changed.
+    function unseen(id, text) {
+        slots[id] = text;
+        refresh(id, null);
+        return [];
     }
 
     // --- what is drawn
@@ -108,28 +117,86 @@ var ipAdapter = (() => {
         }
         if (controls) {
             const unit = unitId(slotId);
-            const negative = find(unit + "negative");
-            if (negative) negative.classList.toggle("ip-adapter-away", controls[7] !== "file");
+            enable(unit, controls);
             drawSteps(unit, controls[4], controls[5], controls[10]);
             drawPictures(unit, controls);
         }
     }
 
+    // What applies to a unit: the server's facts of its model, and what controls need of each other (applies.py).
+    const factsOf = (unit) => parse(getText(unit + "facts")) || {};
+
+    function needed(unit, name, controls) {
+        const [field, values] = factsOf(unit).needs?.[name] || [];
+        return !field || values.includes(controls[NAMES.indexOf(field)]);
+    }
+
+    function enable(unit, controls) {
+        const facts = factsOf(unit);
+        for (const name of Object.keys(facts.needs || {})) {
+            const place = find(unit + name);
+            const on = needed(unit, name, controls);
+            place?.classList.toggle("ip-adapter-off", !on);
+            place?.querySelectorAll("input, button").forEach((each) => (each.disabled = !on));
+        }
+        for (const name of NAMES) {
+            const values = facts.values?.[name];
+            for (const option of find(unit + name)?.querySelectorAll("input[type=radio]") || []) {
+                const on = !values || values.includes(option.value);
+                option.disabled = !on;
+                option.closest("label").classList.toggle("ip-adapter-off", !on);
+                option.closest("label").title = on ? "" : "Nothing here fits the chosen model.";
+            }
+        }
+    }
+
+    function apply(slotId, controls) {
+        enable(unitId(slotId), controls);
+        return [];
+    }
+
+    const tabOf = (id) => (id.includes("img2img") ? "img2img" : "txt2img");
+    const schedules = {};  // by tab: what the server says of the steps that the host's controls describe
+
     function drawSteps(unit, start, stop, timing) {
         const line = find(unit + "steps");
-        const field = find((unit.includes("img2img") ? "img2img" : "txt2img") + "_steps")?.querySelector("input");
-        const steps = Math.round(Number(field && field.value));
         if (!line) return;
         line.dataset.window = JSON.stringify([start, stop, timing]);
-        const acting = [];
-        for (let i = 0; i < steps; i++) if (i / steps >= start && (i / steps < stop || stop >= 1)) acting.push(i + 1);
-        let text = "No step lies between start and stop.";
-        if (!steps) text = "";
-        else if (acting.length) {
-            const about = timing === "steps" ? "" : "about ";
-            text = `Acts in ${about}steps ${acting[0]} to ${acting[acting.length - 1]} of ${steps}.`;
-        }
-        line.textContent = text;
+        const { progress, exact } = schedules[tabOf(unit)] || {};
+        line.textContent = "";
+        if (!progress) return;
+        const acting = progress
+            .map((now, i) => [timing === "steps" ? i / progress.length : now, i + 1])
+            .filter(([now]) => (start <= 0 || now >= start - 1e-6) && (stop >= 1 || now < stop - 1e-6))
+            .map(([_, number]) => number);
+        const about = exact || timing === "steps" ? "" : "about ";
+        line.textContent = acting.length
+            ? `Acts in ${about}steps ${acting[0]} to ${acting[acting.length - 1]} of ${progress.length}.`
+            : "No step lies between start and stop.";
+    }
+
+    // The host's controls by the end of their id.
+    const valueOf = (id) => find(id)?.querySelector("input:checked, input:not([type=radio])")?.value;
+
+    function askSchedule(tab) {
+        const steps = Number(valueOf(`${tab}_steps`));
+        if (!isOpen(prefixIn(tab)) || !(steps >= 1)) return;
+        const asked = { sampler: valueOf(`${tab}_sampling`) || "", scheduler: valueOf(`${tab}_scheduler`) || "", steps: Math.round(steps) };
+        if (tab === "img2img") asked.strength = Number(valueOf("img2img_denoising_strength") ?? 1);
+        const text = JSON.stringify(asked);
+        if (schedules[tab]?.wanted === text) return;
+        schedules[tab] = { ...schedules[tab], wanted: text };
+        setText(prefixIn(tab) + "schedule_wanted", text);
+    }
+
+    function schedule(id, text) {
+        const tab = tabOf(id);
+        const answer = parse(text);
+        if (answer && answer.asked !== schedules[tab]?.wanted) return [];
+        schedules[tab] = { wanted: schedules[tab]?.wanted, ...answer };
+        for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
+            drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
+        return [];
     }
 
     const cropOf = (entry) => (entry && entry.crop) || [0.5, 0.5, 1];
@@ -159,8 +226,9 @@ var ipAdapter = (() => {
         if (!place) return;
         const entries = list(controls[1]);
         const preparation = controls[9];
+        const cropped = needed(unit, "crop", controls);
         const known = shownPreviews[unit] || {};
-        place.dataset.preparation = preparation;
+        place.classList.toggle("ip-adapter-cropped", cropped);
         while (place.children.length > entries.length) place.lastChild.remove();
         entries.forEach((entry, index) => {
             let card = place.children[index];
@@ -176,7 +244,7 @@ var ipAdapter = (() => {
             if (document.activeElement !== weight) weight.value = entry.weight ?? 1;
             card.querySelectorAll("input[type=range]").forEach((slider, i) => {
                 if (document.activeElement !== slider) slider.value = cropOf(entry)[i];
-                slider.disabled = preparation !== "crop";
+                slider.disabled = !cropped;
             });
         });
     }
@@ -190,7 +258,7 @@ var ipAdapter = (() => {
         });
         let from = null;
         image.addEventListener("pointerdown", (event) => {
-            if (find(unit + "list").dataset.preparation !== "crop") return;
+            if (!find(unit + "list").classList.contains("ip-adapter-cropped")) return;
             image.setPointerCapture(event.pointerId);
             from = [event.clientX, event.clientY, ...cropOf(list(getText(unit + "hashes"))[index])];
         });
@@ -212,7 +280,7 @@ var ipAdapter = (() => {
         };
         button("<", "Move left", () => edit((_, entries) => swap(entries, index - 1)));
         button(">", "Move right", () => edit((_, entries) => swap(entries, index + 1)));
-        button("Remove", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
+        button("\u2715", "Remove this picture from the unit", () => edit((_, entries) => entries.splice(index, 1)));
         button("Forget", "Take it out, and delete the copy that is kept of it", () => edit((entry, entries) => {
             if (!confirm("Delete the copy of this picture? Parameters will not bring it back then.")) return;
             setText(unit + "forget", "");
@@ -263,11 +331,17 @@ var ipAdapter = (() => {
         });
     }
 
-    async function give(unit, source) {
-        const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
-        if (blob.type && !blob.type.startsWith("image/")) return;
+    // Files, blobs or addresses of pictures go to the server in one message, so that none overtakes another.
+    async function give(unit, sources) {
+        const sent = sources.map(async (source) => {
+            const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
+            const name = blob.name || "The picture";
+            // what is no picture for the browser either isn't read: the server says what it is
+            return { name, data: blob.type && !blob.type.startsWith("image/") ? "data:," : await asDataUri(blob) };
+        });
+        const text = JSON.stringify(await Promise.all(sent));
         setText(unit + "incoming", "");
-        setText(unit + "incoming", await asDataUri(blob));
+        setText(unit + "incoming", text);
     }
 
     const prefixIn = (tab) => `script_${tab}_ipadapter_`;
@@ -278,8 +352,7 @@ var ipAdapter = (() => {
     }
 
     function openTab(tab) {
-        const buttons = [...gradioApp().querySelectorAll("#tabs > .tab-nav > button, #tabs > div > .tab-nav > button")];
-        buttons.find((each) => each.textContent.trim() === tab)?.click();
+        window[`switch_to_${tab}`]?.();  // the host's, which knows what its tabs are called
         const box = find(prefixIn(tab) + "accordion-visible-checkbox");
         if (box && !box.checked) box.click();
         find(prefixIn(tab) + "accordion")?.scrollIntoView({ block: "center" });
@@ -289,7 +362,7 @@ var ipAdapter = (() => {
         if (!picture || !picture.src) return;
         const unit = firstFree(prefixIn(tab));
         if (!unit) return;
-        give(unit, picture.src);
+        give(unit, [picture.src]);
         openTab(tab);
         const number = Number(unit.match(/unit_(\d+)_$/)[1]);
         gradioApp().querySelectorAll(`#${prefixIn(tab)}units > .tab-nav > button`)[number - 1]?.click();
@@ -303,7 +376,7 @@ var ipAdapter = (() => {
         ["txt2img", ["#image_buttons_txt2img .form", "#image_buttons_txt2img", "#txt2img_results"], () => selected("txt2img_gallery")],
         ["img2img", ["#image_buttons_img2img .form", "#image_buttons_img2img", "#img2img_results"], () => selected("img2img_gallery")],
         ["img2img", ["#img2img_copy_to_img2img", "#img2img_settings"], () => gradioApp().querySelector("#img2img_image img[src]")],
-        ["txt2img", ["#tab_pnginfo #tab_txt2img", "#tab_pnginfo .image-buttons", "#tab_pnginfo .gradio-row"], () => gradioApp().querySelector("#pnginfo_image img[src]")],
+        ["txt2img", ["#tab_pnginfo .image-buttons", "#tab_pnginfo :has(> #txt2img_tab)", "#tab_pnginfo"], () => gradioApp().querySelector("#pnginfo_image img[src]")],
     ];
 
     function addButtons() {
@@ -327,34 +400,60 @@ var ipAdapter = (() => {
         if (!files.length || !pointed) return;
         event.preventDefault();
         event.stopPropagation();
-        give(pointed, files[0]);
+        give(pointed, files);
     }, true);
     document.addEventListener("dragover", (event) => {
-        if (unitAt(event.target) && [...event.dataTransfer.types].includes("text/uri-list")) event.preventDefault();
+        const types = [...event.dataTransfer.types];
+        if (unitAt(event.target) && (types.includes("Files") || types.includes("text/uri-list"))) event.preventDefault();
     });
     document.addEventListener("drop", (event) => {
         const unit = unitAt(event.target);
+        const files = [...event.dataTransfer.files];
         const address = event.dataTransfer.getData("text/uri-list").split("\n")[0];
-        if (!unit || !address || event.dataTransfer.files.length) return;
+        if (!unit || !(files.length || address)) return;
         event.preventDefault();
-        give(unit, address);
+        event.stopPropagation();
+        give(unit, files.length ? files : [address]);
     });
-    document.addEventListener("input", (event) => {
-        const tab = event.target.closest?.("#txt2img_steps, #img2img_steps")?.id.replace("_steps", "");
-        if (!tab) return;
-        for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
-            drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
+    document.addEventListener("change", (event) => {
+        if (!event.target.matches?.(".ip-adapter-drop input")) return;
+        give(unitAt(event.target), [...event.target.files]);
+        event.target.value = "";  // the same file may be chosen again
     });
+    const askSchedules = () => ["txt2img", "img2img"].forEach(askSchedule);
+
+    document.addEventListener("input", () => setTimeout(askSchedules));
+    if (typeof onAfterUiUpdate === "function") onAfterUiUpdate(askSchedules);
+
+    // The checkpoint may be another one than when the models were listed: asked when the accordion opens, when a
+    // model is about to be chosen, and when the host says that its settings changed.
+    const isOpen = (prefix) => Boolean(find(prefix + "accordion")?.querySelector(".ip-adapter-unit")?.offsetParent);
+
+    function look(prefix) {
+        setText(prefix + "look", String(Date.now()));
+    }
+
+    function follows(prefix) {
+        const accordion = find(prefix + "accordion");
+        accordion?.querySelector(".label-wrap")?.addEventListener("click", () => setTimeout(() => {
+            if (isOpen(prefix)) look(prefix);
+            askSchedules();
+        }));
+        accordion?.addEventListener("focusin", (event) => event.target.closest('[id$="_model"]') && look(prefix));
+        if (typeof onOptionsChanged === "function") onOptionsChanged(() => isOpen(prefix) && look(prefix));
+    }
+
     if (typeof onUiUpdate === "function") onUiUpdate(addButtons);
     if (typeof onUiLoaded === "function")
         onUiLoaded(() => {
             for (const each of gradioApp().querySelectorAll(".ip-adapter-list")) {
                 const unit = each.id.replace(/list$/, "");
-                find(unit + "negative")?.classList.add("ip-adapter-away");
+                enable(unit, shown({}));
                 drawSteps(unit, 0, 1, "noise");
             }
+            for (const tab of ["txt2img", "img2img"]) follows(prefixIn(tab));
             addButtons();
         });
 
-    return { unitText, shown, write, follow, previews, join };
+    return { unitText, shown, write, follow, unseen, apply, schedule, previews, join };
 })();

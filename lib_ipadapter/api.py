@@ -11,19 +11,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .encoding import resolve_uncond
+from . import saved
 from .errors import IPAdapterError
 from .formulations import resolve_formulation
+from .gathering import uncond_of
 from .hosts.base import UNetInfo
 from .kept import Kept
+from .layer_weights import effective, groups, on_unet
+from .layers import LAYOUTS
 from .mask_pictures import MaskPictures
+from .mixtures import MIXTURES
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
-from .progress import STEPS, Window
+from .progress import STEPS
 from .recognise import AdapterKind, recognise_adapter
-from .steps import STEPS_RANGE, acts_in, counted, never_acted, of_img2img, of_scheduler, of_sigmas
+from .steps import STEPS_RANGE, counted, curve_of, factors, never_acted, of_img2img, of_scheduler, of_sigmas, takes_part
 from .tensorfile import open_tensors
-from .units import SCHEMA_VERSION, ImageRef, Unit
+from .units import PER_GENERATION, PICTURE_FIELDS, SCHEMA_VERSION, TOGETHER, ImageRef, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +58,9 @@ class References(Protocol):
     def forget(self, sha256: str) -> bool:
         """Whether there was one, which is gone now."""
 
+    def add(self, picture: Image) -> str:
+        """Keeps a picture; its name for units."""
+
 
 class Answers:
     """One method for each route, named in :data:`.access.ROUTES`.
@@ -76,6 +83,7 @@ class Answers:
         fetch: Callable[[str], Image],
         may_see: Callable[[], bool],
     ) -> None:
+        self._session = session
         self._library = session.library
         self._loaded = loaded
         self._references = references
@@ -99,9 +107,9 @@ class Answers:
         """What a unit would do: adapter, encoder, what ``auto`` means, steps, memory; or what is wrong.
 
         Fields: ``unit``; to be told the steps also ``steps`` and ``scheduler``, or the noise levels ``sigmas``, and for
-        img2img ``denoising_strength``.
+        img2img ``denoising_strength``. ``hires``: whether these are the steps of the hires pass.
         """
-        _only(asked, ("unit", "steps", "scheduler", "sigmas", "denoising_strength"))
+        _only(asked, ("unit", "steps", "scheduler", "sigmas", "denoising_strength", "hires"))
         if "unit" not in asked:
             raise IPAdapterError('The field "unit" is missing; allowed is a unit, as in a generation\'s arguments.')
         unit = Unit.from_json(asked["unit"])
@@ -111,12 +119,14 @@ class Answers:
         if info is not None:
             check_fit(unit.model, kind, info)
         encoder = self._library.encoder_for(kind)
-        uncond = resolve_uncond(unit.uncond, kind.variant)
+        uncond = uncond_of(unit, kind)
         if uncond == "file":
             self._library.negative_path(unit.negative)
         if not unit.images:
             raise IPAdapterError("The unit has no picture; give it at least one.")
-        pictures = [self._picture(image) for image in unit.images]
+        for image in unit.negative_images:
+            self._known(image, kind, encoder)
+        pictures = [self._known(image, kind, encoder) for image in unit.images]
         MaskPictures(Kept(lambda: 0, lambda _: 0)).prepare(unit, store=False)
         return {
             "model": unit.model,
@@ -127,11 +137,10 @@ class Answers:
             "encoder": self._library.encoder_name(encoder),
             "formulation": resolve_formulation(unit.formulation, kind.variant).name,
             "uncond": uncond,
-            "pictures": [
-                {"sha256": picture_hash(each), "width": each.width, "height": each.height} for each in pictures
-            ],
+            "pictures": pictures,
             "acts": unit.enabled and bool(unit.acting_images),
             "steps": _steps(unit, asked),
+            "layers": _layers(unit, kind),
             "memory": _memory(unit, kind, uncond, info),
             "fits_checkpoint": None if info is None else True,
         }
@@ -176,6 +185,36 @@ class Answers:
             raise error
         return {"forgotten": sha256}
 
+    def saved(self, _: Asked) -> dict[str, Any]:
+        """The saved references: name, family of adapters, encoder's fingerprint, pictures, a unit's default values."""
+        return {"saved": saved.default.listing()}
+
+    def save(self, asked: Asked) -> dict[str, Any]:
+        """Saves the pictures of ``unit``, encoded, and its values under ``name``; over another one with ``replace``."""
+        _only(asked, ("name", "unit", "replace"))
+        for field in ("name", "unit"):
+            if field not in asked:
+                raise IPAdapterError(f'The field "{field}" is missing; allowed are "name", "unit" and "replace".')
+        replaces = asked.get("replace", False)
+        if not isinstance(replaces, bool):
+            raise IPAdapterError(f'The field "replace" is {replaces!r:.40}; allowed are true and false.')
+        unit = fetched(Unit.from_json(asked["unit"]), self._fetch, self._references.add)
+        made = self._session.save_reference(unit, asked["name"], replaces)
+        return {"name": made.name, "pictures": len(made.weights), "bytes": made.identity[1]}
+
+    def thumbnail(self, asked: Asked) -> bytes:
+        """The thumbnail of a saved reference, as PNG."""
+        return _png(saved.default.thumbnail(str(asked["name"])))
+
+    def forget_saved(self, asked: Asked) -> dict[str, Any]:
+        """Deletes a saved reference."""
+        name = str(asked["name"])
+        if not saved.default.forget(name):
+            error = saved.default.missing(name)
+            error.status_code = 404
+            raise error
+        return {"forgotten": name}
+
     def catalogue(self, _: Asked) -> dict[str, Any]:
         """The models that can be downloaded, with licence and size, and whether each is there already."""
         return {"entries": self._downloader.catalogue()}
@@ -192,7 +231,21 @@ class Answers:
         """Asks the running download to end; what has come stays for the next try."""
         return self._downloader.cancel()
 
+    def _known(self, image: ImageRef, kind: AdapterKind, encoder: Path) -> dict[str, Any]:
+        """What a check says of a picture."""
+        if image.saved:
+            known = saved.default.read(image.saved)
+            known.check(kind, encoder)
+            return {"saved": known.name, "pictures": len(known.weights)}
+        picture = self._picture(image)
+        return {"sha256": picture_hash(picture), "width": picture.width, "height": picture.height}
+
     def _picture(self, image: ImageRef) -> Image:
+        if image.saved:
+            raise IPAdapterError(
+                f'The picture is the saved reference "{image.saved}", which is encoded already, so that there is '
+                "nothing to be shown; allowed is a picture."
+            )
         if image.sha256:
             return self._references.get(image.sha256)
         return self._fetch(image.data.strip()) if is_address(image.data) else read_picture(image.data)
@@ -205,13 +258,15 @@ def is_address(data: str) -> bool:
 
 def fetched(unit: Unit, fetch: Callable[[str], Image], keep: Callable[[Image], str]) -> Unit:
     """The unit with the hash of what was fetched in place of every picture that is an address."""
-    if not any(is_address(image.data) for image in unit.images):
-        return unit
-    images = (
-        replace(image, data="", sha256=keep(fetch(image.data.strip()))) if is_address(image.data) else image
-        for image in unit.images
-    )
-    return replace(unit, images=tuple(images))
+    changed: dict[str, Any] = {}
+    for name in PICTURE_FIELDS:
+        images: tuple[ImageRef, ...] = getattr(unit, name)
+        if any(is_address(image.data) for image in images):
+            changed[name] = tuple(
+                replace(image, data="", sha256=keep(fetch(image.data.strip()))) if is_address(image.data) else image
+                for image in images
+            )
+    return replace(unit, **changed) if changed else unit
 
 
 def version() -> str:
@@ -223,7 +278,10 @@ def version() -> str:
 
 
 def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
-    """Of how many steps there are the numbers of those that the unit acts in; None if steps weren't asked for."""
+    """How many steps there are, in which of them the unit acts, and its weight in each; None if that wasn't asked."""
+    hires = asked.get("hires", False)
+    if not isinstance(hires, bool):
+        raise IPAdapterError(f'The field "hires" must be true or false: it is {hires!r:.40}.')
     if "sigmas" in asked:
         if "steps" in asked or "scheduler" in asked:
             raise IPAdapterError(
@@ -240,7 +298,7 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
             raise IPAdapterError(f'The field "scheduler" must be a text: it is {scheduler!r:.40}.')
         progress = of_scheduler(scheduler, count)
     else:
-        for name in ("scheduler", "denoising_strength"):
+        for name in ("scheduler", "denoising_strength", "hires"):
             if name in asked:
                 raise IPAdapterError(f'The field "{name}" says nothing without "steps": give the number of steps too.')
         return None
@@ -253,10 +311,18 @@ def _steps(unit: Unit, asked: Asked) -> dict[str, Any] | None:
         progress = of_img2img(progress, float(strength))
     if unit.timing == STEPS:
         progress = counted(len(progress))
-    acting = acts_in(Window(unit.start, unit.stop, unit.timing), progress)
-    if not acting:
-        raise IPAdapterError(never_acted(unit, (progress[0], progress[-1])))
-    return {"of": len(progress), "acting": acting}
+    found = factors(unit, progress, hires)
+    acting = [number for number, factor in enumerate(found, 1) if factor]
+    if not acting and takes_part(unit, hires):
+        raise IPAdapterError(never_acted(unit, (progress[0], progress[-1]), hires))
+    return {"of": len(progress), "acting": acting, "weights": [round(unit.weight * factor, 4) for factor in found]}
+
+
+def _layers(unit: Unit, kind: AdapterKind) -> list[dict[str, Any]]:
+    """The unit's own weight in each layer group."""
+    keys = LAYOUTS[len(kind.layer_widths)]
+    on_unet(unit.layers, keys, unit.weight or 1.0, unit.composition_weight, len(unit.acting_images))
+    return effective(unit.layers, unit.weight, unit.composition_weight, len(groups(keys)))
 
 
 def _levels(value: object) -> list[float]:
@@ -275,11 +341,39 @@ def _is_number(value: object) -> bool:
 
 def _memory(unit: Unit, kind: AdapterKind, uncond: str, info: UNetInfo | None) -> dict[str, int]:
     """Bytes of K and V on the device while sampling; the same at every size and batch."""
-    distinct = len({(image.data, image.sha256, image.crop, image.weight) for image in unit.acting_images})
-    shares = len({image.weight for image in unit.acting_images})
-    sets = distinct + (0 if uncond == "none" else shares)
+    conds = _sets(unit, unit.acting_images)
+    if uncond == "none" or unit.uncond_weight == 0:
+        unconds = 0
+    elif unit.negatives:
+        unconds = _sets(unit, [image for image in unit.negative_images or unit.acting_images if image.weight])
+    elif unit.pictures != TOGETHER:
+        unconds = conds
+    else:
+        weights = [weight for _, weight in _weights(unit.acting_images)]
+        unconds = 1 if MIXTURES[unit.mixture].mix or len(set(weights)) == 1 else len(weights)
+    if any(curve_of(unit, hires).only is None for hires in (False, True) if takes_part(unit, hires)):
+        # those that a changing weight is brought into, and those beside them that it is brought in from
+        conds, unconds = 2 * conds, 2 * unconds
     number = HALF if info is None else info.dtype.itemsize
-    return {"kv_bytes": sets * kind.tokens * 2 * sum(kind.layer_widths) * number}
+    return {"kv_bytes": (conds + unconds) * kind.tokens * 2 * sum(kind.layer_widths) * number}
+
+
+def _sets(unit: Unit, images: Sequence[ImageRef]) -> int:
+    """How many pictures' tokens pictures become."""
+    if MIXTURES[unit.mixture].mix:
+        return min(1, len(images))
+    distinct = len(set(_weights(images))) if unit.pictures == TOGETHER else len(images)
+    return min(1, distinct) if unit.pictures == PER_GENERATION else distinct
+
+
+def _weights(images: Sequence[ImageRef]) -> list[tuple[Any, float]]:
+    """Of each picture what tells it from others, and its weight."""
+    found: list[tuple[Any, float]] = []
+    for image in images:
+        inside = saved.default.read(image.saved).weights if image.saved else (1.0,)
+        source = (image.data, image.sha256, image.saved, image.crop)
+        found += [((source, n), image.weight * weight) for n, weight in enumerate(inside)]
+    return found
 
 
 def _only(asked: Asked, known: Sequence[str]) -> None:

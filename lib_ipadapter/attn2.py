@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import IPAdapterError
 from .injection import Injection
-from .plan import Attention, Plan
+from .plan import Attention, LayeredPlan, Plan
 from .rows import Call
 
 ExtraOptions = Mapping[str, Any]
@@ -42,7 +42,7 @@ class CurrentPlan:
         self._first_layer = first_layer
         self._marker: Any = None
         self._shape: tuple[int, int, Sequence[int] | None] | None = None
-        self._plan: Plan | None = None
+        self._plan: Plan | LayeredPlan | None = None
 
     def get(self, layer: int, q: Tensor, k: Tensor, extra_options: ExtraOptions) -> Plan:
         """The plan for this layer's call. Other layers of one UNet call see the same marker, rows and text."""
@@ -52,7 +52,7 @@ class CurrentPlan:
             call = self._read_call(marker, extra_options, layer, q, k)
             self._plan = self.injection.plan(call, k.shape[1], k.device, k.dtype)
             self._marker, self._shape = marker, shape
-        return self._plan
+        return self._plan.at(layer)
 
 
 def heads_of(extra_options: ExtraOptions) -> int:

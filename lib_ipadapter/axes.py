@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import IPAdapterError
+from .layer_weights import TYPES
 from .masks import TEMPLATES
 from .pictures import read_picture
-from .units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
+from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,6 +90,10 @@ _KINDS = (
     _Kind("uncond", "uncond", tuple(each for each in UNCONDS if each != "file")),
     _Kind("preparation", "preparation", PREPARATIONS),
     _Kind("timing", "timing", TIMINGS),
+    _Kind("curve", "curve"),
+    _Kind("hires", "hires", HIRES),
+    _Kind("layers", "layers", tuple(TYPES)),
+    _Kind("mixture", "mixture", MIXTURES),
     _Kind("mask", "mask", tuple(TEMPLATES)),
 )
 

@@ -16,7 +16,24 @@ from .tensorfile import MAX_HEADER
 SAMPLE = 64 * 1024
 """Bytes that are read at each of the three places."""
 
-_known: dict[tuple[str, int, int], str] = {}
+FileIdentity = tuple[str, int, int]
+
+_known: dict[FileIdentity, str] = {}
+
+
+def file_identity(path: Path) -> FileIdentity:
+    """What changes when a file does.
+
+    Raises:
+        IPAdapterError: if the file can't be read.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise IPAdapterError(
+            f"The file {path.name} can't be read ({error.strerror}): refresh the model list."
+        ) from error
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import IPAdapterError
 
+Weight = float | Tensor
+
 
 class Formulation(Protocol):
     """One way of letting a picture into cross-attention; see :data:`FORMULATIONS`."""
@@ -26,12 +28,13 @@ class Formulation(Protocol):
     def joins_softmax(self) -> bool:
         """Whether K and V are appended to the text's (else they get an attention whose output is added)."""
 
-    def weigh(self, k: Tensor, v: Tensor, weight: float, width_share: float) -> tuple[Tensor, Tensor]:
+    def weigh(self, k: Tensor, v: Tensor, weight: Weight, width_share: float) -> tuple[Tensor, Tensor]:
         """K and V of one picture in one layer at ``weight``.
 
         Args:
-            k, v: ``[1, T, C]``, the T image tokens of one picture.
-            weight: the unit's, never 0 (a unit of weight 0 takes no part at all).
+            k, v: ``[layers, T, C]``, the T image tokens of one picture.
+            weight: the unit's, never 0 (a unit of weight 0 takes no part at all); also for each layer, ``[layers, 1,
+                1]``, in float32.
             width_share: C over the width of the UNet's widest cross-attention layer.
         """
 
@@ -46,7 +49,7 @@ class Joint:
     name: str = "joint"
     joins_softmax: bool = True
 
-    def weigh(self, k: Tensor, v: Tensor, weight: float, width_share: float) -> tuple[Tensor, Tensor]:
+    def weigh(self, k: Tensor, v: Tensor, weight: Weight, width_share: float) -> tuple[Tensor, Tensor]:
         """See :class:`Formulation`; computed in float32 at least."""
         scale = weight * width_share
         precise = v.float() if v.element_size() < 4 else v
@@ -64,15 +67,41 @@ class Decoupled:
     name: str = "decoupled"
     joins_softmax: bool = False
 
-    def weigh(self, k: Tensor, v: Tensor, weight: float, width_share: float) -> tuple[Tensor, Tensor]:
+    def weigh(self, k: Tensor, v: Tensor, weight: Weight, width_share: float) -> tuple[Tensor, Tensor]:
         """See :class:`Formulation`; ``width_share`` plays no part."""
-        return k, v * weight
+        return k, (v * weight).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An attention of its own whose keys are weighed too: the embeds scalings of ComfyUI_IPAdapter_plus.
+
+    The weight w' goes into K as well, so that it also sharpens or flattens which image tokens win. ``penalty``: w' is
+    the weight times ``width_share``, else the weight. ``mean``: of V only the mean over the picture's tokens has w'.
+    """
+
+    name: str
+    penalty: bool = False
+    mean: bool = False
+    joins_softmax: bool = False
+
+    def weigh(self, k: Tensor, v: Tensor, weight: Weight, width_share: float) -> tuple[Tensor, Tensor]:
+        """See :class:`Formulation`."""
+        scale = weight * width_share if self.penalty else weight
+        if self.mean:
+            return JOINT.weigh(k, v, scale, 1.0)
+        return (k * scale).to(k.dtype), (v * scale).to(v.dtype)
 
 
 JOINT = Joint()
 DECOUPLED = Decoupled()
+SCALED = (
+    Scaled("K+V"),
+    Scaled("K+V with penalty", penalty=True),
+    Scaled("K+mean(V) with penalty", penalty=True, mean=True),
+)
 
-FORMULATIONS: Mapping[str, Formulation] = {each.name: each for each in (JOINT, DECOUPLED)}
+FORMULATIONS: Mapping[str, Formulation] = {each.name: each for each in (JOINT, DECOUPLED, *SCALED)}
 
 _AUTO: Mapping[str, Formulation] = {"plus": JOINT}
 

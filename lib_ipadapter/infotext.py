@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ERROR_KEY, IPAdapterError
-from .units import MIDDLE, NO_MASK, UNIT_SLOTS, ImageRef, MaskRef, Unit
+from .units import MIDDLE, NO_MASK, PICTURE_FIELDS, UNIT_SLOTS, ImageRef, MaskRef, Unit
 
 KEY = "IP-Adapter"
 """Key of a unit's text, before its number."""
@@ -23,15 +23,17 @@ DIGITS = 10
 """Digits of a model's fingerprint."""
 HIDDEN = "hidden"
 """Stands for the hash of a picture that a setting leaves out."""
+SAVED = "saved"
+"""Stands for a picture that is a saved reference, whose name comes last."""
 
 _QUOTED = re.compile(r'"(?:\\.|[^"\\])*"(?=\s*(?:$|,|\[))', re.DOTALL)
 _FIELD = re.compile(r"([a-z][a-z0-9 _-]*):(?:\s+(.*))?", re.DOTALL | re.ASCII)
-_PICTURE = re.compile(r"picture \d+", re.ASCII)
+_PICTURE = re.compile(r"(negative )?picture \d+", re.ASCII)
 _MODEL = re.compile(rf"(.*) \[([0-9a-f]{{{DIGITS}}})\]", re.DOTALL | re.ASCII)
 _RESOLVED = re.compile(r"auto \([^()]*\)")
 _PLAIN = re.compile(r"[^\s\"\\,:()\[\]](?:[^\"\\,:()\[\]\r\n\t]*[^\s\"\\,:()\[\]])?")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
-_FIELDS = {each.name: each for each in fields(Unit) if each.name not in ("images", "mask")}
+_FIELDS = {each.name: each for each in fields(Unit) if each.name not in (*PICTURE_FIELDS, "mask")}
 _WORDS = {"weight": 1, "crop": 3, "mask": 1, "feather": 1, "inverted": 0}
 """What may stand behind a picture's hash, and how many words follow each."""
 
@@ -118,7 +120,8 @@ def _text(unit: Unit, facts: Facts, hashes: bool) -> str:
                 parts[-1] += f" [{facts.fingerprint[:DIGITS]}]"
     if unit.mask:
         parts.append("mask: " + " ".join(_mask(unit.mask, hashes)))
-    parts += [f"picture {number}: {_picture(ref, hashes)}" for number, ref in enumerate(unit.images, 1)]
+    for word, refs in (("picture", unit.images), ("negative picture", unit.negative_images)):
+        parts += [f"{word} {number}: {_picture(ref, hashes)}" for number, ref in enumerate(refs, 1)]
     return ", ".join(parts)
 
 
@@ -136,15 +139,17 @@ def _number(value: float) -> str:
 
 
 def _picture(ref: ImageRef, hashes: bool) -> str:
-    if not ref.sha256:
+    if not (ref.sha256 or ref.saved):
         raise ValueError("a picture in parameters is given by its hash")
-    words = [ref.sha256 if hashes else HIDDEN]
+    words = [SAVED] if ref.saved else [ref.sha256 if hashes else HIDDEN]
     if ref.weight != 1.0:
         words.append(f"weight {_number(ref.weight)}")
     if ref.crop != MIDDLE:
         words.append("crop " + " ".join(map(_number, ref.crop)))
     if ref.mask:
         words += ["mask", *_mask(ref.mask, hashes)]
+    if ref.saved:
+        words.append(f"name {ref.saved}")
     return " ".join(words)
 
 
@@ -170,14 +175,15 @@ class _Reader:
         self.unknown: dict[str, str] = {}
         self._has_picture = has_picture
         values: dict[str, Any] = {}
-        pictures: list[ImageRef] = []
+        pictures: dict[str, list[ImageRef]] = {field: [] for field in PICTURE_FIELDS}
         named = 0
         for name, value in _parts(text):
-            if _PICTURE.fullmatch(name):
-                named += 1
+            match = _PICTURE.fullmatch(name)
+            if match is not None:
+                named += not match[1]
                 picture = self._picture(name, value)
                 if picture is not None:
-                    pictures.append(picture)
+                    pictures["negative_images" if match[1] else "images"].append(picture)
             elif name == "model":
                 values[name] = self._model(value, find_model)
             elif name == "mask":
@@ -188,7 +194,7 @@ class _Reader:
                 self.unknown[name] = value
         if not named:
             self.notes.append("the infotext names no pictures, so add them again.")
-        self.unit = self._unit({**values, "images": tuple(pictures)})
+        self.unit = self._unit({**values, **{field: tuple(refs) for field, refs in pictures.items() if refs}})
         if self.unknown:
             names = ", ".join(f"{name} ({value})" for name, value in self.unknown.items())
             self.notes.append(f"this version of the extension doesn't know, and so doesn't do: {names}.")
@@ -201,21 +207,25 @@ class _Reader:
         return name
 
     def _picture(self, name: str, value: str) -> ImageRef | None:
-        words = value.split()
+        given_as, _, saved = value.partition(" name ") if value.startswith(f"{SAVED} ") else (value, "", "")
+        words = given_as.split()
         if words[:1] == [HIDDEN]:
             self.notes.append(f"the infotext has no hash of {name}, so add the picture again.")
             return None
         given = self._by_word(name, words[1:])
-        values: dict[str, Any] = {"mask": self._mask(f"the mask of {name}", given)}
+        values: dict[str, Any] = {"saved": saved} if saved else {"sha256": words[0] if words else ""}
+        values["mask"] = self._mask(f"the mask of {name}", given)
         if "weight" in given:
             values["weight"] = given["weight"][0] if given["weight"] else []
         if "crop" in given:
             values["crop"] = given["crop"]
         try:
-            ref = ImageRef(sha256=words[0] if words else "", **values)
+            ref = ImageRef(**values)
         except IPAdapterError as error:
             self.notes.append(f"{name} can't be read, so add it again: {error}")
             return None
+        if ref.saved:
+            return ref  # one that isn't there is said, with those that are, when it is used
         if not self._has_picture(ref.sha256):
             # It stays in the unit: a unit never acts with fewer pictures than it was given.
             self.notes.append(f"{name} ({ref.sha256}) isn't kept here, so add it again, or take it out.")
@@ -263,7 +273,7 @@ class _Reader:
             pass
         taken: dict[str, Any] = {}
         # Some fields are allowed together only, such as start and stop: each is tried with all that follow it.
-        for name in sorted(values, key=lambda each: each in ("start", "uncond")):
+        for name in sorted(values, key=lambda each: (each not in PICTURE_FIELDS, each in ("start", "uncond"))):
             try:
                 Unit(**{**taken, name: values[name]})
             except IPAdapterError:

@@ -56,6 +56,11 @@ WIDEST_LAYER = 1280
 _FORWARD = {"input": 0, "middle": 1, "output": 2}
 
 
+def forward_order(keys: Sequence[LayerKey]) -> list[int]:
+    """Indices into ``keys`` in the order in which the UNet runs the layers."""
+    return sorted(range(len(keys)), key=lambda i: (_FORWARD[keys[i].block], keys[i].number, keys[i].depth))
+
+
 def first_in_forward_order(keys: Sequence[LayerKey]) -> int:
     """Index into ``keys`` of the layer that the UNet runs first."""
-    return min(range(len(keys)), key=lambda i: (_FORWARD[keys[i].block], keys[i].number, keys[i].depth))
+    return forward_order(keys)[0]

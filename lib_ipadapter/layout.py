@@ -27,6 +27,14 @@ class Rows:
     text_tokens: int
     """Those to attend to; the host may have more that repeat them."""
     image_tokens: int
+    """Those of all pictures, as often as they stand there."""
+    text_repeats: int
+    """How often the text stands there; see ``balance``."""
+
+    @property
+    def all_text_tokens(self) -> int:
+        """With all repeats."""
+        return self.text_tokens * self.text_repeats
 
 
 class Layout:
@@ -62,10 +70,10 @@ class Layout:
             for kind in kinds:
                 for row, role in zip(group.numbers, group.roles, strict=True):
                     if text_tokens:
-                        self._order.append(place["text", kind, group.text_tokens, row])
+                        self._order += [place["text", kind, group.text_tokens, row]] * group.text_repeats
                     self._order += [place["image", kind, role, n] for n in range(len(images.get(role, ())))]
         self._shapes = [
-            (len(kinds), len(group.numbers), (group.text_tokens if text_tokens else 0) + group.image_tokens)
+            (len(kinds), len(group.numbers), bool(text_tokens) * group.all_text_tokens + group.image_tokens)
             for group in groups
         ]
         self._sizes = [kind * row * token for kind, row, token in self._shapes]

@@ -28,7 +28,8 @@ class _Known:
     stamp: tuple[int, ...]
     adapter: AdapterKind | None = None
     encoder: EncoderKind | None = None
-    negative: bool = False
+    negative: int | None = None
+    """Width of a negative file's image tokens; 0 if they have none."""
 
 
 class Library:
@@ -56,7 +57,12 @@ class Library:
 
     def negatives(self) -> list[str]:
         """Names of the negative files in the adapter folders."""
-        return [name for name, path in self._files(self._adapter_folders()) if self._look(path).negative]
+        return list(self.negative_widths())
+
+    def negative_widths(self) -> dict[str, int]:
+        """Width of the image tokens of every negative file by name."""
+        files = self._files(self._adapter_folders())
+        return {name: width for name, path in files if (width := self._look(path).negative) is not None}
 
     def encoders(self) -> dict[str, EncoderKind]:
         """Every image encoder by name."""
@@ -202,7 +208,9 @@ def _read(path: Path, stamp: tuple[int, ...]) -> _Known:
     adapter = _recognised(recognise_adapter, tensors)
     # Whatever has an adapter's tensors is refused as an encoder, so the second look can be spared.
     encoder = _recognised(recognise_encoder, tensors) if adapter is None else None
-    return _Known(stamp, adapter, encoder, list(tensors) == [NEGATIVE_KEY])
+    shape = tensors[NEGATIVE_KEY].shape if list(tensors) == [NEGATIVE_KEY] else None
+    width = None if shape is None else shape[2] if len(shape) == 3 else 0
+    return _Known(stamp, adapter, encoder, width)
 
 
 def _recognised(recognise: Callable[[Tensors], Kind], tensors: Tensors) -> Kind | None:

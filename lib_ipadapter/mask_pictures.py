@@ -13,7 +13,7 @@ from PIL import Image
 from . import references
 from .errors import IPAdapterError
 from .kept import Kept
-from .masks import Canvas, Mask, Place, of_picture, of_template, overlap
+from .masks import Canvas, Mask, Where, of_picture, of_template, overlap
 from .pictures import BLACK, picture_hash, read_picture
 from .units import MaskRef, Unit
 
@@ -28,8 +28,8 @@ class PreparedMasks:
     """The unit's own, by the hash of its content."""
     images: tuple[MaskRef, ...]
     """Those of all its pictures, likewise."""
-    places: tuple[Place, ...]
-    """Where each picture that takes part acts."""
+    where: tuple[Where, ...]
+    """Where each of all pictures acts; empty for one that takes no part."""
     problems: tuple[str, ...]
     """Why masks couldn't be stored."""
 
@@ -61,7 +61,7 @@ class MaskPictures:
             problems.extend([problem] if problem else [])
             return replace(ref, data="", sha256=sha256)
 
-        def mask(ref: MaskRef, named: MaskRef, whose: str) -> Place:
+        def mask(ref: MaskRef, named: MaskRef, whose: str) -> Where:
             """As many masks as make a difference: one, or none."""
             if not ref:
                 return ()
@@ -76,21 +76,20 @@ class MaskPictures:
 
         acting = unit.acting_images
         own = by_hash(unit.mask, "the unit", bool(acting))
-        images, places = [], []
+        images: list[MaskRef] = []
+        all_where: list[Where] = []
         everywhere = mask(unit.mask, own, "the unit") if acting else ()
         for number, ref in enumerate(unit.images, 1):
             whose, acts = f"picture {number}", ref in acting
             images.append(by_hash(ref.mask, whose, acts))
-            if not acts:
-                continue
-            place = tuple(dict.fromkeys((*everywhere, *mask(ref.mask, images[-1], whose))))
-            if not overlap(place):
+            where = (*everywhere, *mask(ref.mask, images[-1], whose)) if acts else ()
+            if not overlap(where):
                 raise IPAdapterError(
                     f"The masks of the unit and of {whose} have nothing in common, so that it would act nowhere: let "
                     "them overlap, or take one of them out."
                 )
-            places.append(place)
-        return PreparedMasks(own, tuple(images), tuple(places), tuple(problems))
+            all_where.append(where)
+        return PreparedMasks(own, tuple(images), tuple(all_where), tuple(problems))
 
     def _mask(self, ref: MaskRef, named: MaskRef, whose: str) -> Mask:
         """The mask of ``ref``, which is ``named`` by the hash of its content."""
@@ -118,15 +117,15 @@ def _read(read: Callable[[], T], whose: str) -> T:
         raise IPAdapterError(f"The mask of {whose} can't be used: {message[:1].lower()}{message[1:]}") from error
 
 
-def told(place: Place, canvas: Canvas) -> list[str]:
+def told(where: Where, canvas: Canvas) -> list[str]:
     """What is odd about masks on a pass's canvas, in sentences; works out their factors for all layers."""
     columns, rows = canvas.size
     sentences = [
         f"A mask of IP-Adapter has {mask.size[0]} x {mask.size[1]} pixels and the canvas {columns:g} x {rows:g}: it is "
         "stretched over it."
-        for mask in place
+        for mask in where
         if mask.size is not None and canvas.stretches(mask)
     ]
-    if not canvas.at_every_depth(place)[0].any():
+    if not canvas.at_every_depth(where)[0].any():
         sentences.append("A mask of IP-Adapter is black in the part that is drawn, so its picture doesn't act there.")
     return sentences

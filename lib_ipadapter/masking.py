@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from .errors import IPAdapterError
-from .masks import PIXELS, Canvas, Place, Values
+from .masks import PIXELS, Canvas, Values, Where
 
-Run = tuple[Place, int]
+Run = tuple[Where, int]
 """Image tokens one after another that have one mask: it, and how many they are."""
 
 
 def runs(tokens: Sequence[Run]) -> tuple[Run, ...]:
     """Neighbours of one mask together."""
     found: list[Run] = []
-    for place, count in tokens:
-        if found and found[-1][0] == place:
+    for where, count in tokens:
+        if found and found[-1][0] == where:
             count += found.pop()[1]
-        found.append((place, count))
+        found.append((where, count))
     return tuple(found)
 
 
@@ -38,31 +38,31 @@ class Masking:
     canvas: Canvas
     device: torch.device
     dtype: torch.dtype
-    _factors: dict[Place, Mapping[int, Tensor]] = field(default_factory=dict, repr=False)
-    _logs: dict[Place, Mapping[int, Tensor]] = field(default_factory=dict, repr=False)
+    _factors: dict[Where, Mapping[int, Tensor]] = field(default_factory=dict, repr=False)
+    _logs: dict[Where, Mapping[int, Tensor]] = field(default_factory=dict, repr=False)
     _biases: dict[tuple[tuple[Run, ...], int, int], Tensor] = field(default_factory=dict, repr=False)
 
-    def factor(self, place: Place, queries: int) -> Tensor:
+    def factor(self, where: Where, queries: int) -> Tensor:
         """A picture's factor for every query, ``[N, 1]``."""
-        if place not in self._factors:
-            self._factors[place] = self._on_device(self.canvas.at_every_depth(place), self.dtype)
-        return self._of(self._factors[place], queries)
+        if where not in self._factors:
+            self._factors[where] = self._on_device(self.canvas.at_every_depth(where), self.dtype)
+        return self._of(self._factors[where], queries)
 
-    def log(self, place: Place, queries: int) -> Tensor:
+    def log(self, where: Where, queries: int) -> Tensor:
         """Its logarithm in float32, ``[N, 1]``; -inf where the factor is 0."""
-        if place not in self._logs:
+        if where not in self._logs:
             with np.errstate(divide="ignore"):
-                logs = [np.log(factors) for factors in self.canvas.at_every_depth(place)]
-            self._logs[place] = self._on_device(logs, torch.float32)
-        return self._of(self._logs[place], queries)
+                logs = [np.log(factors) for factors in self.canvas.at_every_depth(where)]
+            self._logs[where] = self._on_device(logs, torch.float32)
+        return self._of(self._logs[where], queries)
 
     def bias(self, image: tuple[Run, ...], text_tokens: int, queries: int) -> Tensor:
         """What is added to the logits of all tokens, text first, ``[N, text + image]``; text has no mask."""
         key = (image, text_tokens, queries)
         if key not in self._biases:
             parts = [torch.zeros(queries, text_tokens, device=self.device)]
-            for place, tokens in image:
-                part = self.log(place, queries) if place else torch.zeros(queries, 1, device=self.device)
+            for where, tokens in image:
+                part = self.log(where, queries) if where else torch.zeros(queries, 1, device=self.device)
                 parts.append(part.expand(-1, tokens))
             self._biases[key] = torch.cat(parts, dim=1).to(self.dtype)
         return self._biases[key]

@@ -210,7 +210,7 @@ def of_picture(picture: Image.Image, feather: float = 0.0, invert: bool = False)
     return Mask(1 - values if invert else values, rows, columns, feather, (width, height))
 
 
-Place = tuple[Mask, ...]
+Where = tuple[Mask, ...]
 """Where a picture acts: masks that are multiplied, its unit's and its own; empty: everywhere."""
 
 
@@ -225,21 +225,21 @@ class Canvas:
 
     latent: tuple[int, int]
     region: Region = WHOLE
-    _made: dict[Place, tuple[Values, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Where, tuple[Values, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the whole canvas in pixels."""
         return self.region.size or (PIXELS * self.latent[1], PIXELS * self.latent[0])
 
-    def at_every_depth(self, place: Place) -> tuple[Values, ...]:
+    def at_every_depth(self, where: Where) -> tuple[Values, ...]:
         """Factors of the queries of every depth, ``[queries]``, row by row; worked out once."""
-        if place not in self._made:
-            self._made[place] = tuple(
-                np.prod([mask.on(self.latent, depth, self.region) for mask in place], axis=0).ravel()
+        if where not in self._made:
+            self._made[where] = tuple(
+                np.prod([mask.on(self.latent, depth, self.region) for mask in where], axis=0).ravel()
                 for depth in range(len(grids(*self.latent)))
             )
-        return self._made[place]
+        return self._made[where]
 
     def stretches(self, mask: Mask) -> bool:
         """Whether a mask has clearly another shape than the canvas, over which it is stretched."""
@@ -253,10 +253,10 @@ MISSHAPEN = 1.1
 """How many times as wide a mask may be for its height as the canvas before that is told."""
 
 
-def overlap(place: Place) -> bool:
+def overlap(where: Where) -> bool:
     """Whether masks that are multiplied leave anything."""
     side = LONGEST // 2
-    return len(place) < 2 or bool(np.prod([mask.on((side, side)) for mask in place], axis=0).any())
+    return len(where) < 2 or bool(np.prod([mask.on((side, side)) for mask in where], axis=0).any())
 
 
 # --- For people -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ tokens as views, and the layout of each layer for the rows of the batch, so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .balance import Counted, text_repeats
 from .errors import IPAdapterError
 from .layout import BOTH, Layout, Rows
 from .masking import Masking, Run, runs
-from .masks import Place
+from .masks import Where
 from .packing import as_one, by_width, evenly, row
 from .rows import Call
 
@@ -54,7 +56,7 @@ class ImageKV:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    place: Place = ()
+    where: Where = ()
     """Where it acts; empty: everywhere."""
 
     @staticmethod
@@ -103,39 +105,59 @@ class _Group(Rows):
         return t if self.index is None else t[self.index]
 
 
-def _alike(unit: Images) -> list[Images]:
+def _alike(unit: Images, balanced: bool) -> list[Counted[Images]]:
     """A unit itself where its pictures have equally many tokens, as those of one adapter do; else each for itself."""
+    counts = {role: len(images) for role, images in unit.items() if images} if balanced else {}
     if all(len({image.tokens for image in images}) <= 1 for images in unit.values()):
-        return [unit]
-    return [{role: images[n : n + 1] for role, images in unit.items()} for n in range(max(map(len, unit.values())))]
+        return [Counted(unit, counts)]
+    return [
+        Counted({role: images[n : n + 1] for role, images in unit.items()}, counts)
+        for n in range(max(map(len, unit.values())))
+    ]
 
 
 def _groups(
-    roles: Sequence[int], text_tokens: Mapping[int, int], units: Sequence[Images], device: torch.device
+    roles: Sequence[int], text_tokens: Mapping[int, int], units: Sequence[Counted[Images]], device: torch.device
 ) -> list[_Group]:
     """All rows, grouped by their numbers of text and image tokens, in the order of each group's first row."""
-    image_tokens = {role: sum(image.tokens for unit in units for image in unit.get(role, ())) for role in set(roles)}
-    by_mask = {role: _runs(role, units) for role in set(roles)}
-    kinds = [(text_tokens[role], image_tokens[role], by_mask[role]) for role in roles]
+    repeats = {role: text_repeats(units, role) for role in set(roles)}
+    image_tokens = {
+        role: sum(image.tokens * unit.copies(role, n) for unit in units for image in unit.images.get(role, ()))
+        for role, n in repeats.items()
+    }
+    by_mask = {role: _runs(role, units, n) for role, n in repeats.items()}
+    kinds = [(text_tokens[role], image_tokens[role], repeats[role], by_mask[role]) for role in roles]
     groups = []
     for kind in dict.fromkeys(kinds):
         rows = tuple(row for row, each in enumerate(kinds) if each == kind)
-        text, image, masked = kind
+        text, image, repeated, masked = kind
         index = _index(rows, len(roles), device)
-        groups.append(_Group(rows, tuple(roles[row] for row in rows), text, image, index, masked))
+        groups.append(_Group(rows, tuple(roles[row] for row in rows), text, image, repeated, index, masked))
     return groups
 
 
-def _runs(role: int, units: Sequence[Images]) -> tuple[Run, ...]:
+def _runs(role: int, units: Sequence[Counted[Images]], repeats: int) -> tuple[Run, ...]:
     """A role's image tokens by masks, in the order in which they are laid out; empty if none has a mask."""
-    found = runs([(image.place, image.tokens) for unit in units for image in unit.get(role, ())])
-    return found if any(place for place, _ in found) else ()
+    found = runs(
+        [
+            (image.where, image.tokens)
+            for unit in units
+            for image in unit.images.get(role, ()) * unit.copies(role, repeats)
+        ]
+    )
+    return found if any(where for where, _ in found) else ()
 
 
-def _images(role: int, units: Sequence[Images], layer: int) -> list[Tensor]:
+def _images(role: int, units: Sequence[Counted[Images]], layer: int) -> list[Tensor]:
     """K and V in one layer of each unit with pictures for a role: ``[2, pictures, T, C]``, views."""
-    images = [unit[role] for unit in units if unit.get(role)]
-    return [as_one([as_one([kind[layer][0] for kind in kinds]) for kinds in _kinds(each)]) for each in images]
+    repeats = text_repeats(units, role)
+    made = []
+    for unit in units:
+        images = unit.images.get(role)
+        if images:
+            both = as_one([as_one([kind[layer][0] for kind in kinds]) for kinds in _kinds(images)])
+            made += [both] * unit.copies(role, repeats)
+    return made
 
 
 def _kinds(images: Sequence[ImageKV]) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
@@ -148,8 +170,8 @@ class _Addition:
 
     index: slice | Tensor | None
     images: ImageKV
-    """``[1 or 2, T, C]`` each: the batch's rows are folded into as many, their queries side by side."""
-    place: Place = ()
+    """``[n, T, C]`` each, one for each role: the batch's rows are folded into as many, their queries side by side."""
+    where: Where = ()
     """Where it acts."""
 
     def attend(self, layer: int, q: Tensor, heads: int) -> Tensor:
@@ -167,17 +189,17 @@ def _once(images: tuple[ImageKV, ...]) -> tuple[ImageKV, ...]:
 
 def _additions(roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
     """The attentions of a unit: one for all pictures that act in the same place, in each role or in both."""
-    places = dict.fromkeys(image.place for role in roles for image in images.get(role, ()))
-    if len(places) < 2:
-        return _additions_in(next(iter(places), ()), roles, images, device)
-    return [addition for place in places for addition in _additions_in(place, roles, _only_in(place, images), device)]
+    found = dict.fromkeys(image.where for role in roles for image in images.get(role, ()))
+    if len(found) < 2:
+        return _additions_in(next(iter(found), ()), roles, images, device)
+    return [addition for where in found for addition in _additions_in(where, roles, _only_in(where, images), device)]
 
 
-def _only_in(place: Place, images: Images) -> Images:
-    return {role: tuple(image for image in given if image.place == place) for role, given in images.items()}
+def _only_in(where: Where, images: Images) -> Images:
+    return {role: tuple(image for image in given if image.where == where) for role, given in images.items()}
 
 
-def _additions_in(place: Place, roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
+def _additions_in(where: Where, roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
     # To attend to nothing but copies of the same tokens is to attend to them once: so with the uncond of all pictures.
     distinct = {role: _once(images.get(role, ())) for role in dict.fromkeys(roles)}
     whole = {
@@ -189,15 +211,15 @@ def _additions_in(place: Place, roles: Sequence[int], images: Images, device: to
         if given
     }
     rows = {role: [row for row, each in enumerate(roles) if each == role] for role in whole}
-    if len(whole) == 2:
-        (first, second), index = whole.values(), _index([row for each in rows.values() for row in each], -1, device)
+    if len(whole) > 1:
+        together, index = list(whole.values()), _index([row for each in rows.values() for row in each], -1, device)
         if isinstance(index, slice) and len({len(each) for each in rows.values()}) == 1:
-            keys = [evenly((a[0], b[0])) for a, b in zip(first.keys, second.keys, strict=True)]
-            values = [evenly((a[0], b[0])) for a, b in zip(first.values, second.values, strict=True)]
+            keys = [evenly([t[0] for t in layer]) for layer in zip(*(image.keys for image in together), strict=True)]
+            values = [evenly([t[0] for t in layer]) for layer in zip(*(i.values for i in together), strict=True)]
             if not any(t is None for t in (*keys, *values)):
-                both = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
-                return [_Addition(None if index == slice(0, len(roles)) else index, both, place)]
-    return [_Addition(_index(rows[role], len(roles), device), image, place) for role, image in whole.items()]
+                folded = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
+                return [_Addition(None if index == slice(0, len(roles)) else index, folded, where)]
+    return [_Addition(_index(rows[role], len(roles), device), image, where) for role, image in whole.items()]
 
 
 @dataclass(frozen=True)
@@ -206,7 +228,7 @@ class Plan:
 
     joined: tuple[_Group, ...]
     """Every row of the batch once; empty when no joint unit acts."""
-    images: tuple[Mapping[int, Sequence[Tensor]], ...]
+    images: Mapping[int, Mapping[int, Sequence[Tensor]]]
     """For each layer, by role, K and V of each unit in ``joined``: ``[2, pictures, T, C]``."""
     text_tokens: int
     """Text tokens of the K that the host computes."""
@@ -221,6 +243,17 @@ class Plan:
     def idle(self) -> bool:
         """Nothing acts: the host's own attention is all there is to do."""
         return not self.joined and not self.added
+
+    def at(self, layer: int) -> Plan:
+        """What is done in one layer: the same in all of them."""
+        return self
+
+    @property
+    def memory(self) -> set[int]:
+        """The pieces of memory in which its image tokens are, as :meth:`torch.Tensor.untyped_storage` knows them."""
+        joined = [tensor for roles in self.images.values() for units in roles.values() for tensor in units]
+        added = [tensor for each in self.added for tensor in (*each.images.keys, *each.images.values)]
+        return {tensor.untyped_storage()._cdata for tensor in (*joined, *added)}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attention: Attention, replaced: Attention | None
@@ -273,7 +306,7 @@ class Plan:
         """One softmax over text and image, for which hosts take no masks."""
         if not group.runs or self.masking is None:
             return attention(q, keys, values, heads)
-        bias = self.masking.bias(group.runs, group.text_tokens, q.shape[1])
+        bias = self.masking.bias(group.runs, group.all_text_tokens, q.shape[1])
         return scaled_dot_product(q, keys, values, heads, bias)
 
     def extended(self, layer: int, which: slice, *texts: Tensor) -> list[tuple[Tensor, ...]]:
@@ -307,8 +340,8 @@ class Plan:
         for addition in self.added:
             part = addition.attend(layer, q, heads)
             rows = out if addition.index is None else out[addition.index]
-            if addition.place and self.masking is not None:
-                rows = torch.addcmul(rows, part, self.masking.factor(addition.place, q.shape[1]))
+            if addition.where and self.masking is not None:
+                rows = torch.addcmul(rows, part, self.masking.factor(addition.where, q.shape[1]))
             else:
                 rows = rows + part
             out = rows if addition.index is None else _changed(out, addition.index, rows)
@@ -334,6 +367,8 @@ class Plan:
                 continue
             image = scaled_dot_product(group.pick(q), keys, values, heads)
             text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
+            if group.text_repeats > 1:
+                text_lse = text_lse + math.log(group.text_repeats)
             share = torch.sigmoid(_log_sum_exp(group.pick(q), keys, heads) - text_lse)
             share = share.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1] // heads).flatten(2).to(rows.dtype)
             joined = rows + share * (image - rows)
@@ -346,14 +381,14 @@ def _mixed(
 ) -> Tensor:
     """The masked case of :meth:`Plan.gate` for the rows of a group."""
     outs = [out]
-    sums = [_log_sum_exp(q, k[:, : group.text_tokens], heads)]
+    sums = [_log_sum_exp(q, k[:, : group.text_tokens], heads) + math.log(group.text_repeats)]
     counts = [tokens for _, tokens in group.runs]
-    for (place, _), some_keys, some_values in zip(
+    for (where, _), some_keys, some_values in zip(
         group.runs, torch.split(keys, counts, dim=1), torch.split(values, counts, dim=1), strict=True
     ):
         outs.append(scaled_dot_product(q, some_keys, some_values, heads))
         found = _log_sum_exp(q, some_keys, heads)
-        sums.append(found + masking.log(place, q.shape[1]) if place else found)
+        sums.append(found + masking.log(where, q.shape[1]) if where else found)
     shares = torch.stack(sums).softmax(dim=0).to(out.dtype)  # the text's sum is finite, whatever the masks say
     parts = [share.unsqueeze(-1) * each.reshape(*share.shape, -1) for share, each in zip(shares, outs, strict=True)]
     return reduce(torch.add, parts).flatten(2)
@@ -377,6 +412,8 @@ def make_plan(
     call: Call,
     text_tokens: int,
     device: torch.device,
+    layers: Sequence[int] | None = None,
+    balanced: Sequence[bool] = (),
     masking: Masking | None = None,
 ) -> Plan:
     """The plan for one kind of call.
@@ -387,14 +424,42 @@ def make_plan(
         call: the rows.
         text_tokens: text tokens of the K that the host computed.
         device: where index tensors go.
+        layers: those that it is for; None: all.
+        balanced: of each joint unit whether all its pictures weigh as much as one; empty: none does.
         masking: the masks, if any picture has one.
     """
-    units = [each for unit in joint for each in _alike(unit) if any(map(each.get, call.roles))]
-    layers = len(next(iter(units[0].values()))[0].keys) if units else 0
+    pairs = zip(joint, balanced or (False,) * len(joint), strict=True)
+    units = [each for unit, even in pairs for each in _alike(unit, even) if any(map(each.images.get, call.roles))]
+    if layers is None:
+        layers = range(len(next(iter(units[0].images.values()))[0].keys) if units else 0)
     joined = _groups(call.roles, _real_text_tokens(call, text_tokens), units, device) if units else ()
-    images = [{role: _images(role, units, layer) for role in set(call.roles)} for layer in range(layers)]
+    images = (
+        {layer: {role: _images(role, units, layer) for role in set(call.roles)} for layer in layers} if units else {}
+    )
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
-    return Plan(tuple(joined), tuple(images), text_tokens, tuple(additions), masking)
+    return Plan(tuple(joined), images, text_tokens, tuple(additions), masking)
+
+
+@dataclass(frozen=True)
+class LayeredPlan:
+    """What is done in one kind of UNet call, where that isn't the same in all layers."""
+
+    plans: tuple[Plan, ...]
+    """By layer; one that several layers have is the same object."""
+
+    def at(self, layer: int) -> Plan:
+        """What is done in one layer."""
+        return self.plans[layer]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing acts in any layer."""
+        return all(plan.idle for plan in self.plans)
+
+    @property
+    def memory(self) -> set[int]:
+        """See :attr:`Plan.memory`."""
+        return set().union(*(plan.memory for plan in {id(plan): plan for plan in self.plans}.values()))
 
 
 def _real_text_tokens(call: Call, text_tokens: int) -> dict[int, int]:

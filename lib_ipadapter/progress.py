@@ -18,7 +18,7 @@ LAST_TIMESTEP = 999
 
 # Sigmas travel through float32, so a timestep comes back with an error of about 1e-5; a threshold that coincides with
 # a call's progress must not be missed by that.
-_SLACK = 1e-6
+SLACK = 1e-6
 
 
 Progress = float | Callable[[], float]
@@ -55,6 +55,13 @@ class SigmaSchedule:
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         self._log_sigmas = [math.log(max(sigma, 1e-12)) for sigma in sigmas]
+
+    def sigma(self, timestep: float) -> float:
+        """Noise level at a timestep of the table; between two, linear in log sigma."""
+        logs = self._log_sigmas
+        low = min(max(int(timestep), 0), len(logs) - 2)
+        part = min(max(timestep - low, 0.0), 1.0)
+        return math.exp(logs[low] + part * (logs[low + 1] - logs[low]))
 
     def progress(self, sigma: float) -> float:
         """Progress of ``sigma``; between two timesteps, linear in log sigma, as k-diffusion has it."""
@@ -101,6 +108,4 @@ class Window:
 
     def contains(self, progress: float) -> bool:
         """Whether a UNet call at ``progress`` lies in the window."""
-        return (self.start <= 0 or progress >= self.start - _SLACK) and (
-            self.stop >= 1 or progress < self.stop - _SLACK
-        )
+        return (self.start <= 0 or progress >= self.start - SLACK) and (self.stop >= 1 or progress < self.stop - SLACK)

@@ -90,11 +90,7 @@ class References:
         memory_bytes: how much is kept in memory.
     """
 
-    problem: str
-    """Why the last storing on disk failed, in a sentence; '' if it didn't."""
-
     def __init__(self, rules: Callable[[], Rules] = Rules, memory_bytes: int = MEMORY_BYTES) -> None:
-        self.problem = ""
         self.rules = rules
         self._limit = memory_bytes
         self._files: OrderedDict[str, _Kept] = OrderedDict()
@@ -178,7 +174,6 @@ class References:
             Why it couldn't be stored, as a sentence; '' if all is well.
         """
         rules = self.rules()
-        self.problem = ""
         if rules.folder is None:
             return ""
         path = rules.folder / f"{sha256}.png"
@@ -195,15 +190,15 @@ class References:
                     0, f"it takes {len(file) / 1e6:.1f} MB, and {rules.limit_bytes / 1e6:g} MB are allowed in all"
                 )
             with self._disk:
-                _write(path, file)
+                write_private(path, file)
                 _trim(rules.folder, rules.limit_bytes, path)
         except (OSError, IPAdapterError) as error:
             reason = getattr(error, "strerror", None) or error
-            self.problem = (
+            return (
                 f"The reference picture {sha256[:10]}… couldn't be stored in {rules.folder.as_posix()} ({reason}), so "
                 "the infotext won't bring it back after a restart: make room, or switch the store off in Settings."
             )
-        return self.problem
+        return ""
 
     # What is there
 
@@ -318,7 +313,7 @@ class References:
                 path = folder / _KEY_FILE
                 with suppress(OSError):
                     if not path.exists():
-                        _write(path, secrets.token_bytes(32))
+                        write_private(path, secrets.token_bytes(32))
                     self._secret = path.read_bytes()
             if len(self._secret) < 32:
                 self._secret = secrets.token_bytes(32)
@@ -359,7 +354,7 @@ def _stored(folder: Path | None) -> list[Path]:
         return []
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Puts a file of the owner's alone into the folder of the owner's alone, whole or not at all."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)

@@ -25,6 +25,8 @@ class Call:
     """Text tokens that a role really has, where the host repeats shorter prompts; None: nothing is repeated."""
     executed: float | None = None
     """The share of the pass's UNet calls made before, 0…1; None: the host doesn't say."""
+    items: tuple[int, ...] | None = None
+    """Which item of the batch every row belongs to; None: nobody asked, or it can't be told."""
     latent: tuple[int, int] | None = None
     """Rows and columns of the latent that the UNet was called with; None: the host doesn't say."""
     tiles: int = 1
@@ -66,3 +68,32 @@ def roles_of_rows(
         f"({list(cond_or_uncond)} x {images}), so it can't be told which of them are cond: "
         "switch off the extension that changes the batch, or IP-Adapter."
     )
+
+
+def items_of_rows(
+    cond_or_uncond: Sequence[int], images: int, rows: int, unet_rows: int | None = None
+) -> tuple[int, ...] | None:
+    """The item of the batch that every row belongs to, on hosts that lay rows out chunk by chunk.
+
+    Args:
+        cond_or_uncond, images, rows, unet_rows: see :func:`roles_of_rows`.
+
+    Returns:
+        ``rows`` items; None where another extension has put rows between them.
+    """
+    base = tuple(range(images)) * len(cond_or_uncond)
+    if images == 1:
+        return (0,) * rows
+    known = bool(base) and rows == (unet_rows or rows) and rows % len(base) == 0
+    return base * (rows // len(base)) if known else None
+
+
+def items_in_order(roles: Sequence[int], parts: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The items of a step's rows of each role, on hosts that lay rows out picture by picture.
+
+    Args:
+        roles: those that have rows.
+        parts: of each item, how many rows its prompt has (AND); its negative prompt has one.
+    """
+    cond = tuple(item for item, count in enumerate(parts) for _ in range(count))
+    return {role: cond if role == COND else tuple(range(len(parts))) for role in roles}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import infotext, references
+from . import infotext, references, saved, tags
+from .applies import facts
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .hosts.loaded import loaded_unet
@@ -21,10 +22,12 @@ from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
 from .masks import Canvas
+from .places import Batch, check_batch
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
 from .results import save_beside, strip
-from .steps import never_acted
+from .steps import never_acted, takes_part
+from .tags import Tag, Tagged
 from .units import Unit
 
 # Attribute of the host's processing object that holds its run.
@@ -35,15 +38,28 @@ _RUN = "image_prompt_run"
 class _Run:
     """One job."""
 
-    units: list[PreparedUnit] = field(default_factory=list)
+    own: list[PreparedUnit] = field(default_factory=list)
+    """The units that its arguments ask for."""
     passes: int = 0
     """Passes that have ended."""
+    batch: Batch = field(default_factory=Batch)
+    """Which pass of which batch is running."""
     injection: Injection | None = None
-    """Has a term for each unit."""
+    acting: list[PreparedUnit] = field(default_factory=list)
+    """Of each of the injection's terms, its unit."""
+    tagged: Tagged = field(default_factory=dict)
+    """The tags of its prompts."""
+    of_tags: list[PreparedUnit] = field(default_factory=list)
+    """The units that they ask for."""
     identity: object = None
     canvas: Canvas | None = None
     """What the running pass draws."""
     failed: bool = False
+
+    @property
+    def units(self) -> list[PreparedUnit]:
+        """All of them."""
+        return self.own + self.of_tags
 
 
 class Session:
@@ -98,6 +114,20 @@ class Session:
         kind = self._library.adapters().get(name)
         return kind.description if kind is not None else ""
 
+    def misfit(self, name: str) -> str:
+        """Why the adapter of this name can't act in the loaded checkpoint, as a sentence; '' if it can."""
+        kind, info = self._library.adapters().get(name), loaded_unet(self._host)
+        try:
+            if kind is not None and info is not None:
+                check_fit(name, kind, info)
+        except IPAdapterError as error:
+            return str(error)
+        return ""
+
+    def applies(self, name: str) -> dict[str, Any]:
+        """What applies to a unit with the adapter of this name, see :mod:`.applies`."""
+        return facts(self._library.adapters().get(name), self._library.negative_widths())
+
     def encoders(self) -> list[str]:
         """Names of the image encoders on disk."""
         return sorted(self._library.encoders(), key=str.lower)
@@ -109,6 +139,18 @@ class Session:
     def read_infotext(self, params: Mapping[str, Any]) -> infotext.Parsed:
         """The units of a picture's parameters, as they can be had here; see :func:`.infotext.parse`."""
         return infotext.parse(params, self._library.find_model, references.has)
+
+    def save_reference(self, unit: Unit, name: object, replace: bool = False) -> saved.SavedReference:
+        """Saves a unit's pictures, as the image encoder sees them, and its values under a name; see :mod:`.saved`.
+
+        Raises:
+            IPAdapterError: for a name that isn't allowed or taken, and whatever a generation with the unit refuses.
+        """
+        checked = saved.default.check_name(name, replace)
+        if not unit.acting_images:
+            raise IPAdapterError("The unit has no picture that takes part; give it one to save.")
+        with self._host.alone():
+            return self._preparer.save(unit, checked)
 
     # A job's way through the host's callbacks
 
@@ -123,11 +165,13 @@ class Session:
         if len(parameters) < len(p.extra_generation_params):
             p.extra_generation_params = parameters
 
-    def prepare(self, p: Any, units: Sequence[Unit]) -> Mapping[str, str]:
+    def prepare(self, p: Any, units: Sequence[Unit], tagged: Tagged | None = None) -> Mapping[str, str]:
         """Reads files, encodes pictures, makes K/V: everything heavy, before sampling.
 
         Args:
-            units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part.
+            units: those that are on; one of weight 0, or all of whose pictures have weight 0, takes no part, and
+                neither does one that isn't meant for jobs inside a job in such a one.
+            tagged: the tags of its prompts.
 
         Returns:
             What to write into the picture's parameters.
@@ -135,12 +179,17 @@ class Session:
         Raises:
             IPAdapterError: if a unit can't do what it was asked.
         """
-        active = {number: unit for number, unit in enumerate(units, 1) if unit.acting_images}
-        if not active:
+        nested = not all(unit.nested for unit in units) and self._host.is_nested(p)
+        active = {
+            number: unit for number, unit in enumerate(units, 1) if unit.acting_images and (unit.nested or not nested)
+        }
+        if not active and not tagged:
             return {}
-        info = self._host.unet_info(p)
-        prepared = self._preparer.prepare(list(active.values()), info)
-        setattr(p, _RUN, _Run(prepared))
+        check_batch(list(active.values()), int(getattr(p, "batch_size", 1)))
+        prepared = self._preparer.prepare(list(active.values()), self._host.unet_info(p)) if active else []
+        run = _Run(prepared)
+        self._take_tags(p, run, tagged or {})
+        setattr(p, _RUN, run)
         for sentence in dict.fromkeys(problem for each in prepared for problem in each.problems):
             self._host.comment(p, sentence)
         by_number = dict(zip(active, prepared, strict=True))
@@ -150,16 +199,26 @@ class Session:
             self._hashes(),
         )
 
-    def attach(self, p: Any, **given: Any) -> None:
-        """Before every pass: the units go into the UNet that is loaded now.
-
-        Args:
-            given: what the host's hook tells; of that, ``x`` is the latent.
-        """
+    def attach(self, p: Any, x: Any = None, **_: Any) -> None:
+        """Before every pass: the units go into the UNet that is loaded now. ``x`` is the pass' first latent."""
         run: _Run | None = getattr(p, _RUN, None)
+        tagged = tags.found(p)
+        if run is None and tagged:
+            run = _Run()
+            setattr(p, _RUN, run)
         if run is not None and not run.failed:
             run.injection = None
-            run.canvas = self._canvas(p, run, given.get("x"))
+            if tagged != run.tagged:  # another extension has changed the prompts since they were read
+                self._take_tags(p, run, tagged)
+            run.batch = Batch(
+                int(getattr(p, "iteration", 0)),
+                int(getattr(p, "batch_size", 1) if x is None else x.shape[0]),
+                bool(getattr(p, "is_hr_pass", False)),
+            )
+            if not any(takes_part(each.unit, run.batch.hires) for each in run.units):
+                self._host.detach(p)
+                return
+            run.canvas = self._canvas(p, run, x)
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -249,16 +308,42 @@ class Session:
             self._host.comment(p, sentence)
         return canvas
 
+    def _take_tags(self, p: Any, run: _Run, tagged: Tagged) -> None:
+        """Prepares what the prompts' tags ask for, in place of what was asked for before."""
+        pairs = [(self._unit_of(tag), place) for (tag, _), place in tagged.items()]
+        pairs = [(unit, place) for unit, place in pairs if unit.acting_images]
+        units, places = [unit for unit, _ in pairs], [place for _, place in pairs]
+        run.of_tags = self._preparer.prepare(units, self._host.unet_info(p), places) if pairs else []
+        run.tagged = tagged
+
+    def _unit_of(self, tag: Tag) -> Unit:
+        """The unit that a tag of a prompt asks for."""
+        try:
+            known = saved.default.read(tag.name)
+            unit = known.unit(**tag.fields)
+        except IPAdapterError as error:
+            raise IPAdapterError(f"The prompt has the tag {tag}: {error}") from error
+        return replace(unit, model=self._library.find_model(unit.model, known.fingerprint)[0])
+
     def _attach(self, p: Any, run: _Run) -> None:
         """Puts the units into the live UNet; in the middle of a pass, into the one that a refiner has brought."""
         before = run.injection
         seen = before.progress_seen() if before is not None else None
-        if before is not None and seen is not None and all(_is_over(each.window, before) for each in run.units):
+        if (
+            before is not None
+            and seen is not None
+            and all(_is_over(each.until(run.batch.hires), before) for each in run.acting)
+        ):
             run.injection = None  # every unit has done its part, whatever the new UNet is
             return
         try:
             info = self._host.unet_info(p)
-            terms = [each.term(info) for each in run.units]
+            terms = [
+                (each, term)
+                for each in run.units
+                if takes_part(each.unit, run.batch.hires)
+                for term in each.terms(info, run.batch)
+            ]
         except IPAdapterError as error:
             if seen is None:
                 raise
@@ -268,9 +353,12 @@ class Session:
                 f"The checkpoint changes in mid-sampling (refiner) at {seen[1]:.2f} of the noise schedule to one that "
                 f"the unit doesn't fit, so {cure}: {error}"
             ) from error
+        if not terms:  # none of the pictures is for this batch
+            return
         run.identity = info.identity
+        run.acting = [each for each, _ in terms]
         run.injection = Injection(
-            terms,
+            [term for _, term in terms],
             len(info.keys),
             lambda progress: _check_stops(run, progress),
         )
@@ -284,9 +372,12 @@ class Session:
         if injection is None:
             return
         run.passes += 1
-        for each, acted in zip(run.units, injection.acted, strict=True):
-            if not acted:
-                sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing))
+        acted = {id(each): False for each in run.acting}
+        for each, did in zip(run.acting, injection.acted, strict=True):
+            acted[id(each)] |= did
+        for each in run.units:
+            if not acted.get(id(each), True):
+                sentence = never_acted(each.unit, injection.progress_seen(each.unit.timing), run.batch.hires)
                 if run.passes == 1:
                     raise IPAdapterError(sentence)
                 self._host.comment(p, sentence)
@@ -301,7 +392,7 @@ def _is_over(window: Window, injection: Injection) -> bool:
 
 def _check_stops(run: _Run, first: float) -> None:
     """Ends a job's first pass at its first UNet call when a unit's stop is already behind it in the noise schedule."""
-    for each in run.units:
-        behind = each.unit.timing == NOISE and not Window(0.0, each.unit.stop).contains(first)
-        if run.passes == 0 and behind:
-            raise IPAdapterError(never_acted(each.unit, (first, 1.0)))
+    for each in run.acting:
+        until = each.until(run.batch.hires)
+        if run.passes == 0 and until.timing == NOISE and not until.contains(first):
+            raise IPAdapterError(never_acted(each.unit, (first, 1.0), run.batch.hires))

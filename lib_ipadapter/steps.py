@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from . import curves
+from .curves import Curve
 from .errors import IPAdapterError
 from .progress import (
     LAST_TIMESTEP,
@@ -89,23 +91,45 @@ def counted(steps: int) -> list[float]:
     return [n / steps for n in range(steps)]
 
 
-def acts_in(window: Window, progress: Sequence[float]) -> list[int]:
-    """Numbers, from 1, of the steps that lie in a window; ``progress`` by its timing."""
-    return [number for number, now in enumerate(progress, 1) if window.contains(now)]
+def takes_part(unit: Unit, hires: bool) -> bool:
+    """Whether a unit acts at all in a pass, the hires one or another."""
+    return not (hires and (unit.hires == "off" or (unit.hires == "scaled" and unit.hires_scale == 0)))
+
+
+def curve_of(unit: Unit, hires: bool) -> Curve:
+    """A unit's factor of its weight in a pass in which it takes part."""
+    curve = curves.parse(unit.hires_curve if hires and unit.hires_curve else unit.curve)
+    return curve.scaled(unit.hires_scale) if hires and unit.hires == "scaled" else curve
+
+
+def factors(unit: Unit, progress: Sequence[float], hires: bool = False) -> list[float]:
+    """A unit's factor of its weight in every step, 0 where it doesn't act; ``progress`` by its timing."""
+    if not takes_part(unit, hires):
+        return [0.0] * len(progress)
+    window, curve = Window(unit.start, unit.stop, unit.timing), curve_of(unit, hires)
+    return [curve.at(now) if window.contains(now) else 0.0 for now in progress]
 
 
 TIMING_WORDS = {NOISE: "the noise schedule", STEPS: "the steps"}
+_SHOWN_CHARACTERS = 80
 
 
-def never_acted(unit: Unit, progress: tuple[float, float] | None) -> str:
+def never_acted(unit: Unit, progress: tuple[float, float] | None, hires: bool = False) -> str:
     """What to say of a unit that acted in no UNet call of a pass; ``progress`` of its first and its furthest call."""
     subject = f"The IP-Adapter unit with {unit.model} acts from start {unit.start:g} to stop {unit.stop:g}"
+    curve = curve_of(unit, hires).points
+    if curve:
+        text = curves.write(curve)
+        shown = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+        subject += f" where its curve ({shown}) isn't 0"
     if progress is None:
         return f"{subject}, and the sampler called the UNet not once, so it would never act: choose more steps."
     first, last = progress
-    cure = f"choose a stop above {first:.2f}"
-    if Window(0.0, unit.stop).contains(first):
-        cure = f"choose a start of {last:.2f} or less" if unit.start > last else "choose more steps or a wider window"
+    cure = "choose a curve that isn't 0 there" if curve else "choose more steps or a wider window"
+    if not Window(0.0, unit.stop).contains(first):
+        cure = f"choose a stop above {first:.2f}"
+    elif unit.start > last:
+        cure = f"choose a start of {last:.2f} or less"
     return (
         f"{subject}, and this pass's steps lie between {first:.2f} and {last:.2f} of {TIMING_WORDS[unit.timing]}, so "
         f"it would never act: {cure}."

@@ -27,6 +27,26 @@ def step_texts(params: Any) -> dict[int, Tensor]:
     }
 
 
+def _sampler(params: Any) -> Any:
+    return getattr(getattr(params, "denoiser", None), "sampler", None)
+
+
+def known_parts(params: Any) -> tuple[int, ...]:
+    """Of each item of the batch, how many parts its prompt has (AND); empty where a sampler doesn't say."""
+    cond: Any = getattr(_sampler(params), "sampler_extra_args", {}).get("cond")
+    return tuple(len(parts) for parts in cond.batch) if hasattr(cond, "batch") else ()
+
+
+def parts_of_items(params: Any) -> tuple[int, ...]:
+    """The same; where a sampler doesn't say, as many for each as the step's texts make it."""
+    known = known_parts(params)
+    if known:
+        return known
+    texts = {role: int(text.shape[0]) for role, text in step_texts(params).items()}
+    items = texts.get(UNCOND, texts[COND])
+    return (texts[COND] // items,) * items
+
+
 def roles_by_text(given: Tensor, texts: Mapping[int, Tensor], labels: Sequence[int] = ()) -> tuple[int, ...]:
     """The role of every row of a UNet call.
 

@@ -15,10 +15,12 @@ import json
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import curves, layer_weights
 from .errors import IPAdapterError
 from .masks import TEMPLATES
 
@@ -28,11 +30,17 @@ SCHEMA_VERSION = 1
 UNIT_SLOTS = 10
 """How many units one generation can have: the number of positions that the script offers for them."""
 
-FORMULATIONS = ("auto", "joint", "decoupled")
+FORMULATIONS = ("auto", "joint", "decoupled", "K+V", "K+V with penalty", "K+mean(V) with penalty")
 UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
 PREPARATIONS = ("crop", "squash", "pad")
 TIMINGS = ("noise", "steps")
+HIRES = ("same", "scaled", "off")
+MIXTURES = ("concat", "average", "normalised average", "norm average", "add", "subtract", "max", "min")
+TOGETHER, PER_GENERATION, PER_ITEM = "together", "one per generation", "one per batch item"
+PICTURES = (TOGETHER, PER_GENERATION, PER_ITEM)
+NOISES = ("none", "gaussian", "shuffle", "fade")
 WEIGHT_RANGE = (-5.0, 5.0)
+HIRES_SCALE_RANGE = (0.0, 5.0)
 WINDOW_RANGE = (0.0, 1.0)
 
 # Names that other tools use for the same thing; they only make the hint of an error better, they are not
@@ -47,7 +55,6 @@ FOREIGN_NAMES = {
     "guidance_start": "start",
     "module": "model",
     "picture": "images",
-    "pictures": "images",
     "resize_mode": "preparation",
     "scale": "weight",
     "starting_step": "start",
@@ -55,6 +62,7 @@ FOREIGN_NAMES = {
 }
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_SAVED = re.compile(r"[\w .-]{1,64}")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _SHOWN_CHARACTERS = 40
 
@@ -145,41 +153,50 @@ NO_MASK = MaskRef()
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One picture of a unit: either its bytes as text (base64 or a data URI) or the hash of an uploaded one.
+    """One picture of a unit: its bytes as text (base64 or a data URI), the hash of an uploaded one, or a saved one.
 
-    Exactly one of ``data`` and ``sha256`` (64 hexadecimal digits) is filled; otherwise
+    Exactly one of ``data``, ``sha256`` (64 hexadecimal digits) and ``saved`` (its name) is filled; otherwise
     :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
     preparation "crop" takes (the others show the whole picture): x and y from 0 (left, top) to 1 (right, bottom) of
-    the way that the square can go, and a zoom from 1 (the shorter side) to 10. ``mask`` says where on the canvas this
-    picture acts; with the unit's it is multiplied.
+    the way that the square can go, and a zoom from 1 (the shorter side) to 10. A saved reference is encoded already,
+    so it has no crop. ``mask`` says where on the canvas this picture acts; with the unit's it is multiplied.
     """
 
     data: str = ""
     sha256: str = ""
     weight: float = 1.0
     crop: Crop = MIDDLE
+    saved: str = ""
     mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
-        for name, value in (("data", self.data), ("sha256", self.sha256)):
+        for name, value in (("data", self.data), ("sha256", self.sha256), ("saved", self.saved)):
             if not isinstance(value, str):
                 raise IPAdapterError(f'The picture\'s "{name}" is {_shown(value)}; allowed is a text.')
-        if bool(self.data.strip()) == bool(self.sha256):
-            found = "both" if self.sha256 else "neither"
+        filled = sum((bool(self.data.strip()), bool(self.sha256), bool(self.saved)))
+        if filled != 1:
             raise IPAdapterError(
-                f'The picture has {found} of "data" and "sha256"; allowed is exactly one: '
-                "base64 or a data URI, or the hash of an uploaded picture."
+                f'The picture has {("none", "", "two", "all")[filled]} of "data", "sha256" and "saved"; allowed is '
+                "exactly one: base64 or a data URI, the hash of an uploaded picture, or a saved reference's name."
             )
+        if self.saved:
+            object.__setattr__(self, "data", "")
+            object.__setattr__(self, "saved", saved_name(self.saved))
         if self.sha256:
             object.__setattr__(self, "data", "")
             object.__setattr__(self, "sha256", _as_hash("picture", self.sha256))
         object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
         object.__setattr__(self, "crop", _as_crop(self.crop))
         object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
+        if self.saved and self.crop != MIDDLE:
+            raise IPAdapterError(
+                f'The picture\'s "crop" is given beside "saved" ({_shown(self.saved)}), which is encoded already; '
+                "allowed is a crop of a picture: leave it out."
+            )
 
     @classmethod
     def from_json(cls, value: object) -> ImageRef:
-        """Read one entry of ``images``: a text, or an object with ``sha256`` or ``data``, and more."""
+        """Read one entry of ``images``: a text, or an object of this class' fields."""
         if isinstance(value, ImageRef):
             return value
         if isinstance(value, str):
@@ -191,12 +208,13 @@ class ImageRef:
             return cls(**value)
         raise IPAdapterError(
             f"The picture is {_shown(value)}; allowed is base64, a data URI, "
-            'or {"sha256": "…"} for an uploaded picture.'
+            '{"sha256": "…"} for an uploaded picture, or {"saved": "…"} for a saved reference.'
         )
 
     def to_json(self) -> str | dict[str, Any]:
         """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
-        values: dict[str, Any] = {"sha256": self.sha256} if self.sha256 else {"data": self.data}
+        kind = "sha256" if self.sha256 else "saved" if self.saved else "data"
+        values: dict[str, Any] = {kind: getattr(self, kind)}
         if self.weight != 1.0:
             values["weight"] = self.weight
         if self.crop != MIDDLE:
@@ -214,8 +232,20 @@ class Unit:
     ``start`` and ``stop`` bound the window of progress (0 = pure noise, 1 = done) in which the unit acts,
     0 ≤ start < stop ≤ 1; ``timing`` says what they are parts of: the noise schedule, or the steps of a pass.
     ``uncond`` says what the negative rows see; "file" needs ``negative``, the file's
-    name as listed. ``preparation`` says how a picture that isn't square meets the image encoder. ``mask`` says where on
-    the canvas the unit acts.
+    name as listed. ``preparation`` says how a picture that isn't square meets the image encoder.
+    ``curve`` is the text of factors of the weight along the same measure, see :mod:`.curves`; it and the window both
+    apply. In the hires pass ``hires_curve`` stands in its place, if there is one, and ``hires`` says whether the unit
+    acts there with the same weight, with ``hires_scale`` times as much, or not at all. ``nested`` says whether it acts
+    in jobs that an extension starts inside the job, a face detailer's, say. ``layers`` says how much of the weight each
+    layer group gets: a name or custom text, see :mod:`.layer_weights`; the types that know a ``composition_weight``
+    take the weight in its place while that is None.
+
+    ``mixture`` says how several pictures become the unit's (see ``mixtures``), ``pictures`` whether all of them act
+    everywhere, or one in each generation or batch item. ``balance`` keeps the share of the pictures of a joint softmax
+    at that of one. ``negative_images`` stand in place of the ``uncond`` source, and so do the pictures themselves made
+    unrecognisable by ``noise`` of ``noise_strength``, 0…1; both together are those pictures with the noise.
+    ``uncond_weight`` multiplies the weight on the negative side. ``mask`` says where on the
+    canvas the unit acts.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -233,13 +263,27 @@ class Unit:
     negative: str = ""
     preparation: str = "crop"
     timing: str = "noise"
+    curve: str = ""
+    hires_curve: str = ""
+    hires: str = "same"
+    hires_scale: float = 0.5
+    nested: bool = True
+    layers: str = layer_weights.ALL
+    composition_weight: float | None = None
+    mixture: str = "concat"
+    pictures: str = TOGETHER
+    balance: bool = False
+    negative_images: tuple[ImageRef, ...] = ()
+    noise: str = "none"
+    noise_strength: float = 1.0
+    uncond_weight: float = 1.0
     mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
         _require_text("model", self.model)
         _require_text("negative", self.negative)
-        object.__setattr__(self, "images", _as_images(self.images))
+        object.__setattr__(self, "images", _as_images("images", self.images))
         object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
         object.__setattr__(self, "start", _as_number("start", self.start, WINDOW_RANGE))
         object.__setattr__(self, "stop", _as_number("stop", self.stop, WINDOW_RANGE))
@@ -252,6 +296,16 @@ class Unit:
         _require_choice("uncond", self.uncond, UNCONDS)
         _require_choice("preparation", self.preparation, PREPARATIONS)
         _require_choice("timing", self.timing, TIMINGS)
+        for name in ("curve", "hires_curve"):
+            object.__setattr__(self, name, _as_curve(name, getattr(self, name)))
+        _require_choice("hires", self.hires, HIRES)
+        object.__setattr__(self, "hires_scale", _as_number("hires_scale", self.hires_scale, HIRES_SCALE_RANGE))
+        _require_bool("nested", self.nested)
+        _require_text("layers", self.layers)
+        object.__setattr__(self, "layers", layer_weights.read(self.layers))
+        if self.composition_weight is not None:
+            value = _as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
+            object.__setattr__(self, "composition_weight", value)
         object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
@@ -263,6 +317,58 @@ class Unit:
                 f'The field "negative" is {_shown(self.negative)} while "uncond" is "{self.uncond}"; '
                 'allowed is a negative file only with "uncond" set to "file".'
             )
+        _require_choice("mixture", self.mixture, MIXTURES)
+        _require_choice("pictures", self.pictures, PICTURES)
+        _require_bool("balance", self.balance)
+        object.__setattr__(self, "negative_images", _as_images("negative_images", self.negative_images))
+        _require_choice("noise", self.noise, NOISES)
+        object.__setattr__(self, "noise_strength", _as_number("noise_strength", self.noise_strength, WINDOW_RANGE))
+        object.__setattr__(self, "uncond_weight", _as_number("uncond_weight", self.uncond_weight, WEIGHT_RANGE))
+        self._check_mixture()
+        self._check_negatives()
+
+    def _check_mixture(self) -> None:
+        if self.pictures != TOGETHER and self.mixture != "concat":
+            raise IPAdapterError(
+                f'The field "mixture" is "{self.mixture}" while "pictures" is "{self.pictures}", where each picture '
+                'is alone; allowed is a mixture of pictures "together", or "concat".'
+            )
+        if self.mixture != "concat" and len({image.mask for image in self.acting_images}) > 1:
+            raise IPAdapterError(
+                f'The field "mixture" is "{self.mixture}", which makes one of all pictures, while they have different '
+                'masks; allowed is one mask for all of them, the unit\'s own, or "concat".'
+            )
+
+    def _check_negatives(self) -> None:
+        given = "negative_images" if self.negative_images else "noise" if self.noise != "none" else ""
+        if given and self.uncond != "auto":
+            raise IPAdapterError(
+                f'The field "uncond" is "{self.uncond}" while "{given}" is given, which stands in its place; '
+                'allowed is "auto", or one of the two.'
+            )
+        if self.pictures != TOGETHER and len(self.negative_images) > max(1, len(self.images)):
+            raise IPAdapterError(
+                f'The field "negative_images" has {len(self.negative_images)} pictures and "images" '
+                f'{len(self.images)} while "pictures" is "{self.pictures}"; allowed are at most as many negative '
+                "pictures, since each picture has one."
+            )
+        if any(ref.mask for ref in self.negative_images):
+            raise IPAdapterError(
+                'The field "negative_images" has a picture with a mask; allowed are masks of "images", for a negative '
+                "picture acts where the picture does that it stands against."
+            )
+        for ref in self.negative_images:
+            if ref.saved and self.noise != "none":
+                raise IPAdapterError(_noise_of_saved(self.noise, ref.saved))
+        if self.noise != "none" and not self.negative_images:
+            for ref in self.acting_images:
+                if ref.saved:
+                    raise IPAdapterError(_noise_of_saved(self.noise, ref.saved))
+
+    @property
+    def negatives(self) -> str:
+        """What the negative side sees instead of the ``uncond`` source: "pictures", "noise", or "" for that source."""
+        return "pictures" if self.negative_images else "noise" if self.noise != "none" else ""
 
     @property
     def acting_images(self) -> tuple[ImageRef, ...]:
@@ -296,7 +402,31 @@ class Unit:
         return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
+PICTURE_FIELDS = ("images", "negative_images")
+"""The fields that are pictures."""
 _FIELD_NAMES = tuple(field.name for field in fields(Unit))
+
+
+def saved_name(value: str) -> str:
+    """The name of a saved reference, without spaces around it, in Unicode's composed form as file systems compare it.
+
+    Raises:
+        IPAdapterError: unless it is 1 to 64 letters, digits, spaces, dots, hyphens and underscores.
+    """
+    name = unicodedata.normalize("NFC", value).strip(" ")
+    if not _SAVED.fullmatch(name):
+        raise IPAdapterError(
+            f"The saved reference's name is {_shown(value)}; allowed are 1 to 64 letters, digits, spaces, dots, "
+            "hyphens and underscores."
+        )
+    return name
+
+
+def _noise_of_saved(noise: str, name: str) -> str:
+    return (
+        f'The field "noise" is "{noise}" and the picture it is for is the saved reference {_shown(name)}, which is '
+        "encoded already; allowed is noise on a picture: give negative_images or the picture itself."
+    )
 
 
 def parse_script_args(args: Sequence[object]) -> tuple[bool, list[Unit]]:
@@ -478,6 +608,13 @@ def _as_template(name: str) -> str:
     return key
 
 
+def _as_curve(name: str, value: object) -> str:
+    """``value`` as :func:`.curves.write` writes it, so that equal curves are equal texts."""
+    if not isinstance(value, str):
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a text such as "{curves.EXAMPLE}".')
+    return curves.write(curves.parse(value, name).points)
+
+
 def _as_crop(value: object) -> Crop:
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise IPAdapterError(
@@ -487,19 +624,19 @@ def _as_crop(value: object) -> Crop:
     return x, y, _as_number("crop zoom", value[2], ZOOM_RANGE)
 
 
-def _as_images(value: object) -> tuple[ImageRef, ...]:
-    """The pictures of a unit from one value or a list; only an empty list means that there is none."""
+def _as_images(name: str, value: object) -> tuple[ImageRef, ...]:
+    """The pictures of a field from one value or a list; only an empty list means that there is none."""
     if isinstance(value, (str, Mapping, ImageRef)):
         value = (value,)
     if not isinstance(value, (list, tuple)):
-        raise IPAdapterError(f'The field "images" is {_shown(value)}; allowed is a picture or a list of pictures.')
+        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a picture or a list of pictures.')
     images = []
     for position, item in enumerate(value, 1):
         try:
             images.append(ImageRef.from_json(item))
         except IPAdapterError as error:
             message = str(error).removeprefix("The ")
-            raise IPAdapterError(f'The field "images", picture {position} of {len(value)}: the {message}') from error
+            raise IPAdapterError(f'The field "{name}", picture {position} of {len(value)}: the {message}') from error
     return tuple(images)
 
 

@@ -32,6 +32,7 @@ UNITS_SHOWN = "ip_adapter_units_shown"
 NEW_WEIGHT = "ip_adapter_new_weight"
 NEW_TIMING = "ip_adapter_new_timing"
 NEW_FORMULATION = "ip_adapter_new_formulation"
+PLACE = "ip_adapter_place"
 """Keys of our settings."""
 
 
@@ -72,10 +73,26 @@ errors = _part("errors")
 infotext = _part("infotext")
 kept = _part("kept")
 references = _part("references")
+saved = _part("saved")
+tags = _part("tags")
 units = _part("units")
 accordion = _part("ui.accordion")
 handlers = _part("ui.handlers")
+extra_networks = _part("hosts.extra_networks")
+folders = _part("hosts.folders")
 xyz = _part("hosts.xyz")
+
+PLACES: dict[str, tuple[str | None, int]] = {
+    "among the other extensions": (None, 0),
+    "before them, where the WebUI sorts them (Forge)": (None, -1000),
+    "behind them, where the WebUI sorts them (Forge)": (None, 1000),
+    "below the sampler": ("sampler", 0),
+    "below the size": ("dimensions", 0),
+    "below CFG": ("cfg", 0),
+    "below the seed": ("seed", 0),
+    "where the WebUI's setting of the order of items has 'ip-adapter'": ("ip-adapter", 0),
+}
+"""By the setting's value: the WebUI's section that the accordion goes into, and how the scripts in it are sorted."""
 
 
 def _kept_bytes() -> int:
@@ -183,7 +200,11 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         return "IP-Adapter"
 
     def show(self, is_img2img: bool) -> object:
-        """Always, in both tabs."""
+        """Always, in both tabs. Hosts ask before they lay out the page, so where it sits is settled here."""
+        from modules import shared
+
+        place = PLACES.get(getattr(shared.opts, PLACE, ""), (None, 0))
+        self.section, self.sorting_priority = place
         return scripts.AlwaysVisible if session is not None else False
 
     def ui(self, is_img2img: bool) -> list[Any]:
@@ -202,7 +223,14 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
             "formulation": getattr(shared.opts, NEW_FORMULATION, units.FORMULATIONS[0]),
         }
         components: list[Any] = accordion.build(
-            session, InputAccordion, self.elem_id, ToolButton, downloader, shown, new
+            session,
+            InputAccordion,
+            self.elem_id,
+            ToolButton,
+            downloader,
+            shown,
+            new,
+            _part("hosts.schedules").progress_of_pass,
         )
         self.infotext_fields, self.paste_field_names = _paste_fields(components, shown)
         return components
@@ -216,10 +244,11 @@ class IPAdapterScript(scripts.Script):  # type: ignore[misc]  # a WebUI has no t
         """Read and check the units, and do everything heavy."""
         with _failing_loudly(p):
             enabled, active = units.parse_script_args(axes.overridden(args, axes.of(p), _picture_of_axis(p)))
-            if enabled:
+            tagged = tags.found(p)
+            if enabled or tagged:
                 if getattr(p, "is_api", False):  # settings about addresses are about the API alone
                     active = [api.fetched(unit, _part("hosts.addresses").fetch, references.add) for unit in active]
-                p.extra_generation_params.update(session.prepare(p, active))
+                p.extra_generation_params.update(session.prepare(p, active, tagged))
 
     def process_before_every_sampling(self, p: Any, *args: object, **kwargs: Any) -> None:
         """Before every pass, some hosts twice."""
@@ -249,6 +278,11 @@ def _add_axes() -> None:
     """To X/Y/Z plot, where that is loaded already; once, however often this is called."""
     made = axes.make(session.adapters, session.library.adapter_path, _picture_of_axis, IPAdapterScript().title())
     xyz.add(made, axes.PREFIX)
+
+
+def _on_before_ui() -> None:
+    _add_axes()  # where X/Y/Z plot is loaded after us
+    extra_networks.register(tags.NAME)  # hosts have emptied their list of them before
 
 
 def _on_cfg_denoiser(params: Any) -> None:
@@ -307,16 +341,36 @@ def _on_ui_settings() -> None:
             {"choices": list(units.FORMULATIONS)},
         ),
     }
+    text = {"lines": 3, "placeholder": "one folder a line"}
+    options[folders.ADAPTERS.own_setting] = (
+        "",
+        "More folders with IP-Adapter models (one a line; searched before the WebUI's own)",
+        gradio.Textbox,
+        text,
+    )
+    options[folders.ENCODERS.own_setting] = (
+        "",
+        "More folders with image encoders (one a line; searched before the WebUI's own)",
+        gradio.Textbox,
+        text,
+    )
+    options[PLACE] = (
+        next(iter(PLACES)),
+        "Where the accordion sits (needs 'Reload UI')",
+        gradio.Dropdown,
+        {"choices": list(PLACES)},
+    )
     for key, option in options.items():
         shared.opts.add_option(key, shared.OptionInfo(*option, section=("ip_adapter", "IP-Adapter")))
 
 
 def _block_store(demo: Any, app: Any) -> None:
-    """Keeps the page from serving what lies in the store: hosts let it serve all of their data folder."""
-    folder = _store_folder()
+    """Keeps the page from serving references, used or saved: hosts let it serve all of their data folder."""
+    folders = [_store_folder(), _store_folder().parent / saved.FOLDER]
+    paths = [str(each) for folder in folders for each in (folder, folder.resolve())]
     for blocks in {id(each): each for each in (demo, getattr(app, "blocks", None)) if each is not None}.values():
         blocked = list(getattr(blocks, "blocked_paths", None) or [])
-        blocked += [each for each in dict.fromkeys((str(folder), str(folder.resolve()))) if each not in blocked]
+        blocked += [each for each in dict.fromkeys(paths) if each not in blocked]
         blocks.blocked_paths = blocked
 
 
@@ -338,7 +392,7 @@ def _on_unloaded() -> None:
 # Once for each load; hosts drop all callbacks before they load scripts anew. Not every host knows ``name=``.
 if session is not None:
     _add_axes()  # here for WebUIs that build their scripts' controls before they call anyone
-    script_callbacks.on_before_ui(_add_axes)  # and here where X/Y/Z plot is loaded after us
+    script_callbacks.on_before_ui(_on_before_ui)
     script_callbacks.on_ui_settings(_on_ui_settings)
     script_callbacks.on_app_started(_on_app_started)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)

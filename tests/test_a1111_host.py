@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib_ipadapter.curves import parse
 from lib_ipadapter.errors import IPAdapterError
-from lib_ipadapter.formulations import DECOUPLED, JOINT
+from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.hosts.a1111 import A1111Host
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import SD15, LayerKey
 from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
+from lib_ipadapter.reweighing import Unweighed
 from lib_ipadapter.rows import COND, UNCOND, Call
-from lib_ipadapter.weighing import weigh
+from lib_ipadapter.weighing import arrange, weigh
 from tests.bare_model import softmax_attention
 
 HEADS, CHANNELS, CONTEXT, QUERIES = 2, 6, 10, 3
@@ -307,6 +309,22 @@ def test_a_layer_against_the_formulas_in_float64(
             rows.append(softmax_attention(q[row], np.concatenate(keys), np.concatenate(values), HEADS) + added)
         wanted = to_out(unet, key, torch.from_numpy(np.stack(rows)).float())
         torch.testing.assert_close(found[number], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+def test_a_weight_that_changes_is_that_of_each_step(
+    webui: SimpleNamespace, unet: UNet, formulation: Formulation
+) -> None:
+    spec: Spec = (formulation, 0.6, (4, 4), (4, 4))
+    unweighed = Unweighed(arrange(prompts(spec, 0), (), COND), formulation, 0.6, WIDEST)
+    host, p = A1111Host(), job(unet)
+    host.attach(p, Injection([Term(formulation, Window(), unweighed, parse("0.5@0, 0@0.5, 1@1"))], LAYERS))
+    x, context = inputs(2, 7)
+    for progress, factor in ((0.0, 0.5), (0.25, 0.25), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)):
+        step(host, 1, 1)
+        found = call_unet(unet, x, context, 999 * (1 - progress))
+        wanted = Injection([], LAYERS) if not factor else injection_of([(formulation, 0.6 * factor, *spec[2:])])
+        assert_all_close(found, attended(unet, wanted, (COND, UNCOND), x, context))
 
 
 def test_prompts_of_other_lengths_in_one_step(webui: SimpleNamespace, unet: UNet) -> None:
@@ -611,3 +629,69 @@ def test_modules_run_without_grad_and_autocast_in_float32_on_a_cpu(webui: Simple
     with torch.inference_mode():
         made = A1111Host().run(module, lambda device, dtype: module(torch.ones(1, 2, device=device, dtype=dtype)))
     assert (made.dtype, made.requires_grad, made.is_inference()) == (torch.float32, False, False)
+
+
+# Pictures for single items of the batch
+
+
+def placed() -> Injection:
+    """A unit for each of two items, one of each formulation."""
+    specs: list[Spec] = [(JOINT, 0.7, (4,), (4,)), (DECOUPLED, 0.9, (4,), (4,))]
+    weighed = [weigh(prompts(s, 100 * n), s[0], s[1], (), WIDEST, COND) for n, s in enumerate(specs)]
+    terms = [Term(s[0], Window(), w, items=frozenset({n})) for n, (s, w) in enumerate(zip(specs, weighed, strict=True))]
+    return Injection(terms, LAYERS)
+
+
+def attended_by_item(
+    unet: UNet, roles: tuple[int, ...], items: tuple[int, ...], x: Tensor, context: Tensor
+) -> list[Tensor]:
+    """Row by row, each with the terms of its item alone, in an injection that knows no items."""
+    whole = placed()
+    rows = []
+    for n, (role, item) in enumerate(zip(roles, items, strict=True)):
+        alone = Injection([Term(t.formulation, t.window, t.weighed) for t in whole.terms if t.items == {item}], LAYERS)
+        rows.append(attended(unet, alone, (role,), x[n : n + 1], context[n : n + 1]))
+    return [torch.cat(layer) for layer in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("split", [0, 2])
+@pytest.mark.parametrize("told", [True, False])
+def test_rows_of_an_item_get_its_pictures(
+    webui: SimpleNamespace, unet: UNet, optimiser: str, parts: tuple[int, int], split: int, told: bool
+) -> None:
+    """Prompts with AND have several rows one after another."""
+    if not told and parts[0] != parts[1]:
+        pytest.skip("a sampler that doesn't say how many parts a prompt has must have equally many")
+    host, p = A1111Host(), job(unet)
+    host.attach(p, placed())
+    roles = (COND,) * sum(parts) + (UNCOND,) * 2
+    items = (*(0,) * parts[0], *(1,) * parts[1], 0, 1)
+    cond = SimpleNamespace(batch=[[None] * n for n in parts])
+    sampler = SimpleNamespace(sampler_extra_args={"cond": cond} if told else {})
+    texts = [torch.zeros(n, 7, CONTEXT) for n in (sum(parts), 2)]
+    for _ in range(2):
+        host.on_step(
+            SimpleNamespace(text_cond=texts[0], text_uncond=texts[1], denoiser=SimpleNamespace(sampler=sampler))
+        )
+        start = 0
+        while start < len(roles):
+            span = slice(start, start + (split or len(roles)))
+            x, context = inputs(len(roles[span]), 7, seed=start)
+            found = call_unet(unet, x, context)
+            assert_all_close(found, attended_by_item(unet, roles[span], items[span], x, context))
+            start = span.stop
+
+
+def test_a_call_beyond_the_step_has_one_row_for_each_item_or_is_refused(webui: SimpleNamespace, unet: UNet) -> None:
+    host, p = A1111Host(), job(unet)
+    host.attach(p, placed())
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randn(2, 7, CONTEXT, generator=generator) for _ in range(2)]
+    host.on_step(SimpleNamespace(text_cond=texts[0], text_uncond=texts[1]))
+    x, _ = inputs(4, 7)
+    call_unet(unet, x, torch.cat(texts))
+    again = call_unet(unet, x[:2], texts[1])
+    assert_all_close(again, attended_by_item(unet, (UNCOND, UNCOND), (0, 1), x[:2], texts[1]))
+    with pytest.raises(IPAdapterError, match="which row belongs to which"):
+        call_unet(unet, x[:3], torch.cat(texts)[:3])

@@ -54,7 +54,8 @@ def test_what_only_seems_to_be_this_machine(caller: Caller) -> None:
 def test_pictures_and_downloads_ask_for_extension_access_whoever_calls() -> None:
     for caller in (Caller("127.0.0.1", LOCAL), Caller("10.0.0.1", {}, logged_in=True)):
         refused = {route.answer for route in ROUTES if status(route, caller, extension_access=False) == 403}
-        assert refused == {"references", "reference", "forget_reference", "start_download"}
+        used = {"references", "reference", "forget_reference"}
+        assert refused == used | {"saved", "save", "thumbnail", "forget_saved"} | {"start_download"}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ def test_check_says_what_would_happen(client: Client) -> None:
         "uncond": "zero pixels",
         "pictures": [{"sha256": PHOTO_HASH, "width": SENT.width, "height": SENT.height}],
         "acts": True,
-        "steps": {"of": 8, "acting": [1, 2, 3, 4]},
+        "steps": {"of": 8, "acting": [1, 2, 3, 4], "weights": [1.0] * 4 + [0.0] * 4},
+        "layers": [
+            {"group": n, "block": "input" if n < 6 else "middle" if n == 6 else "output", "weight": 1.0}
+            for n in range(16)
+        ],
         "memory": told["memory"],
         "fits_checkpoint": True,
     }
@@ -78,7 +82,12 @@ def test_check_tells_the_steps_in_which_the_unit_then_acts(host: Host, client: C
         told = check(client, one, steps=6, **fields)["steps"]
         host.api.run("txt2img", request(one, steps=6, sampler_name="Euler", **fields))
         real = [1 - float(call.timestep_tensor[0]) / 999 for call in host.unet_calls]
-        assert told == {"of": 6, "acting": [n for n, p in enumerate(real, 1) if 0.3 <= p < 0.75]}
+        acting = [0.3 <= p < 0.75 for p in real]
+        assert told == {
+            "of": 6,
+            "acting": [n for n, acts in enumerate(acting, 1) if acts],
+            "weights": [float(acts) for acts in acting],
+        }
     img2img = check(client, one, steps=8, denoising_strength=0.5)["steps"]
     assert img2img["of"] == 5 and img2img["acting"]
     assert check(client, one, sigmas=[14.6, 3.0, 0.9, 0.2, 0])["steps"]["of"] == 4
@@ -91,6 +100,8 @@ def test_check_tells_the_steps_in_which_the_unit_then_acts(host: Host, client: C
         {"uncond": "none"},
         {"photos": ("astronaut", "coffee")},
         {"photos": ("astronaut", "astronaut")},
+        {"curve": "0@0, 1@1", "photos": ("astronaut", "coffee")},
+        {"curve": "0.5@0.9, 0@0.9"},
     ],
 )
 def test_check_tells_the_memory_that_is_then_taken(
@@ -111,7 +122,8 @@ def test_check_tells_the_memory_that_is_then_taken(
             for image in images
             for t in (*image.keys, *image.values)
         }
-        held.append(sum(tensors.values()))
+        raw = sum(t.nbytes for each in self._adjustable.values() for run in each._runs for t in run[1:3])
+        held.append(sum(tensors.values()) + raw)
 
     monkeypatch.setattr(injection, "to", to)
     one = unit("plus", **fields)
@@ -168,6 +180,17 @@ def test_check_refuses_what_a_generation_refuses(
 )
 def test_check_refuses_bad_questions(client: Client, fields: dict[str, Any], parts: list[str]) -> None:
     refused(client.post("/ip-adapter/check", json=fields), 422, *parts)
+
+
+def test_check_tells_the_weights_of_the_hires_pass(client: Client) -> None:
+    one = unit(weight=2, curve="0@0, 1@0.5", hires_curve="1@0", hires="scaled", hires_scale=0.25)
+    assert check(client, one, steps=3)["steps"] == {"of": 3, "acting": [2, 3], "weights": [0.0, 2.0, 2.0]}
+    assert check(client, one, steps=3, hires=True)["steps"]["weights"] == [0.5] * 3
+    off = check(client, one | {"hires": "off"}, steps=3, hires=True)["steps"]
+    assert off == {"of": 3, "acting": [], "weights": [0.0] * 3}
+    silent = {"unit": unit(curve="0@0"), "steps": 3}
+    refused(client.post("/ip-adapter/check", json=silent), 422, "curve (0@0)", "never act")
+    refused(client.post("/ip-adapter/check", json={"unit": unit(curve="1@0, x")}), 422, "at character 6")
 
 
 def test_check_leaves_nothing_behind(host: Host, client: Client) -> None:

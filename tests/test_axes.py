@@ -25,7 +25,10 @@ XYZ = PROJECT_ROOT / "tests" / "xyz_extension"
 LABELS = [
     f"[IP-Adapter{unit}] {field}"
     for unit in ("", " 2")
-    for field in ("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing", "mask")
+    for field in (
+        *("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing"),
+        *("curve", "hires", "layers", "mixture", "mask"),
+    )
 ]
 
 
@@ -48,9 +51,13 @@ def drawn(host: Host, wanted: dict[str, Any]) -> list[str]:
     return images
 
 
+def pixels(data: str) -> bytes:
+    return read_picture(data).tobytes()
+
+
 def labels(host: Host) -> list[str]:
     (module,) = {id(each.module): each.module for each in host.scripts_data if each.path.endswith("grid.py")}.values()
-    return [option.label for option in module.axis_options if option.label not in ("Nothing", "Seed")]
+    return [option.label for option in module.axis_options if option.label.startswith("[")]
 
 
 CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
@@ -60,7 +67,10 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("stop", "0.4, 1", [{"stop": 0.4}, {"stop": 1.0}]),
     ("formulation", "joint, decoupled", [{"formulation": "joint"}, {"formulation": "decoupled"}]),
     ("uncond", "none, black picture", [{"uncond": "none"}, {"uncond": "black picture"}]),
+    ("layers", "style, ease in", [{"layers": "style"}, {"layers": "ease in"}]),
+    ("curve", "1@0; 0.2@1, 0.5@0.3", [{"curve": "1@0, 0.2@1"}, {"curve": "0.5@0.3"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
+    ("mixture", "average, add", [{"mixture": "average"}, {"mixture": "add"}]),
     ("mask", "left half, centre", [{"mask": "left half"}, {"mask": "centre"}]),
     (
         "model",
@@ -93,8 +103,24 @@ def test_the_second_unit_and_two_axes(xyz_host: Host) -> None:
     assert len(drawn(xyz_host, grid("[IP-Adapter] start", "0.4", narrow, y="[IP-Adapter] stop", y_values="1"))) == 1
 
 
+def test_an_axis_of_the_hires_pass(xyz_host: Host) -> None:
+    hires = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.75, "steps": 4}
+    pictures = drawn(xyz_host, {**grid("[IP-Adapter] hires", "same, scaled, off", unit("plus")), **hires})
+    cells = ({}, {"hires": "scaled"}, {"hires": "off"})
+    alone = [drawn(xyz_host, request(unit("plus") | cell, **hires))[0] for cell in cells]
+    # The hires fields stand elsewhere in a copied job's parameters.
+    assert [pixels(each) for each in pictures] == [pixels(each) for each in alone]
+    assert len({pixels(each) for each in pictures}) == 3
+
+
+def test_a_cell_is_no_job_inside_another(xyz_host: Host) -> None:
+    pictures = drawn(xyz_host, grid("[IP-Adapter] weight", "0.5, 1", unit("plus", nested=False)))
+    alone = [drawn(xyz_host, request(unit("plus", weight=weight)))[0] for weight in (0.5, 1.0)]
+    assert [pixels(each) for each in pictures] == [pixels(each) for each in alone]
+
+
 def test_cells_share_what_is_encoded(xyz_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    preparer: Any = sys.modules["sd_image_prompt.preparer"]
+    preparer: Any = sys.modules["sd_image_prompt.gathering"]
     seen: list[int] = []
     original = preparer.encode
 
@@ -125,6 +151,7 @@ def test_cells_share_what_is_encoded(xyz_host: Host, monkeypatch: pytest.MonkeyP
         ("[IP-Adapter] image", "/etc/hosts", [unit()], ["/etc/hosts", "sha256"]),
         ("[IP-Adapter 2] weight", "0.5", [unit()], ["unit 2, which is off"]),
         ("[IP-Adapter] weight", "0.5", [unit(enabled=False), unit()], ["unit 1, which is off"]),
+        ("[IP-Adapter] curve", "1@0; 1@2", [unit()], ["at character 8", "from 0 to 1"]),
         ("[IP-Adapter] weight", "0.5", [], ["IP-Adapter is switched off"]),
     ],
 )
@@ -149,7 +176,8 @@ def test_they_are_listed_once_also_after_reload_ui(xyz_host: Host) -> None:
     module.axis_options[:] = old
     xyz_host.callbacks.run("before_ui")
     assert labels(xyz_host) == LABELS
-    assert not {id(each) for each in old[2:]} & {id(each) for each in module.axis_options}
+    ours = [each for each in old if each.label.startswith("[")]
+    assert not {id(each) for each in ours} & {id(each) for each in module.axis_options}
 
 
 def test_a_host_without_x_y_z_plot(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -9,18 +10,32 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from safetensors.torch import save_file
+
+from lib_ipadapter.encoding import NEGATIVE_KEY
+from lib_ipadapter.pictures import picture_hash, read_picture
+from lib_ipadapter.progress import Window
+from lib_ipadapter.steps import acts_in, of_scheduler
+from lib_ipadapter.units import Unit
+from tests import version_sets
+from tests.embedded.demo_models import make_demo_models
 
 ROOT = Path(__file__).parent.parent
 UNIT = "#script_txt2img_ipadapter_unit_1_"
 SLOT = "#script_txt2img_ipadapter_slot_1 :is(textarea, input)"
 ACCORDION = "#script_txt2img_ipadapter_accordion"
+MODEL = "demo-plus-sd15.safetensors"
 FOREIGN_NOISE = ("Failed to load resource", "Unable to preload CSS")
 """What gradio's own page says where its fonts can't be had."""
 
@@ -37,44 +52,67 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a host that runs in a process of its own."""
-    command = [sys.executable, "-u", "-m", "tests.embedded", "--port", "0"]
+@dataclass(frozen=True)
+class Running:
+    """A host that runs in a process of its own."""
+
+    address: str
+    models: Path
+
+
+@pytest.fixture(scope="module", params=["4.40.0", "3.41.2"])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """With the gradio of one half of the WebUIs, and libraries of its age."""
+    models = make_demo_models(tmp_path_factory.mktemp("host") / "models").models_path
+    command = [sys.executable, "-u", "-m", "tests.embedded", "--port", "0", "--models", str(models)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    running = subprocess.Popen(
+    if request.param == "3.41.2":
+        if sys.prefix == sys.base_prefix:
+            pytest.skip("gradio 3 is laid over an environment and this Python is none: run it through dev.py test.")
+        environment["PYTHONPATH"] = str(version_sets.made_gradio_3())
+    with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        assert running.stdout is not None
-        said = []
-        for line in running.stdout:
-            said.append(line)
-            if line.startswith("Running on "):
-                break
-        else:
-            pytest.fail("The host didn't start: " + "".join(said))
-        threading.Thread(target=running.stdout.read, daemon=True).start()  # or the pipe would be full one day
-        yield line.split()[2]
-    finally:
-        running.terminate()
-        running.wait()
+    ) as running:
+        try:
+            assert running.stdout is not None
+            said = []
+            for line in running.stdout:
+                said.append(line)
+                if line.startswith("Running on "):
+                    break
+            else:
+                pytest.fail("The host didn't start: " + "".join(said))
+            reader = threading.Thread(target=running.stdout.read)  # or the pipe would be full one day
+            reader.start()
+            yield Running(line.split()[2], models)
+        finally:
+            running.terminate()
+            running.wait()
+            reader.join()
 
 
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
-    """A fresh page with the accordion ticked; none of its errors is ours."""
+@contextmanager
+def opened(browser: Any, host: Running) -> Iterator[Any]:
+    """A fresh page; none of its errors is ours."""
     errors: list[str] = []
     made = browser.new_page(viewport={"width": 1280, "height": 1500})
     made.set_default_timeout(15000)
     made.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     made.on("pageerror", lambda error: errors.append(str(error)))
-    made.goto(address)
-    made.check(f"{ACCORDION}-visible-checkbox")
-    made.wait_for_selector(f"{UNIT}files input[type=file]", state="attached")
+    made.goto(host.address)
+    made.wait_for_selector(f"{ACCORDION}-visible-checkbox")
     yield made
     made.close()
     assert [each for each in errors if not each.startswith(FOREIGN_NOISE)] == []
+
+
+@pytest.fixture
+def page(browser: Any, host: Running) -> Iterator[Any]:
+    """With the accordion ticked."""
+    with opened(browser, host) as made:
+        made.check(f"{ACCORDION}-visible-checkbox")
+        made.wait_for_selector(f"{UNIT}files input[type=file]", state="attached")
+        yield made
 
 
 @pytest.fixture
@@ -138,38 +176,77 @@ def number(page: Any, selector: str, value: object) -> None:
 
 
 def generate(page: Any) -> bytes:
-    """The picture that the page's button makes."""
+    """A small picture."""
     for name, value in (("seed", 7), ("width", 64), ("height", 64), ("steps", 2)):
         number(page, f"#txt2img_{name} input[type=number]", value)
-    page.evaluate("() => document.querySelector('#html_log_txt2img .performance')?.setAttribute('data-old', '')")
-    page.click("#txt2img_generate")
-    page.wait_for_selector("#html_log_txt2img .performance:not([data-old])", state="attached", timeout=12000)
+    return start(page)
+
+
+def paste(page: Any, infotext: str) -> None:
+    """Into the prompt, then the host's button."""
+    page.fill("#txt2img_prompt textarea", infotext)
+    page.click("#txt2img_paste")
+    until(page, "() => !document.querySelector('#txt2img_prompt textarea').value.includes('Steps: ')")
+
+
+def shown_picture(page: Any) -> bytes:
     source = page.wait_for_selector("#txt2img_gallery img").get_attribute("src")
     return bytes(page.request.get(source).body())
 
 
-def test_a_picture_is_made_again_in_a_fresh_page(page: Any, browser: Any, address: str, files: list[str]) -> None:
+def pixels(file: bytes) -> bytes:
+    return Image.open(BytesIO(file)).convert("RGB").tobytes()
+
+
+def start(page: Any) -> bytes:
+    """The picture that the page's button makes, with the page's settings as they are."""
+    page.evaluate("() => document.querySelector('#html_log_txt2img .performance')?.setAttribute('data-old', '')")
+    page.click("#txt2img_generate")
+    page.wait_for_selector("#html_log_txt2img .performance:not([data-old])", state="attached", timeout=12000)
+    return shown_picture(page)
+
+
+def test_a_pasted_infotext_makes_the_picture_again_in_a_fresh_page(
+    page: Any, browser: Any, host: Running, files: list[str], tmp_path: Path
+) -> None:
+    assert page.evaluate("() => gradio_config.version") in ("4.40.0", "3.41.2")
     upload(page, files, 2)
-    model = page.input_value(f"{UNIT}model input")
+    page.click(f"{UNIT}model input")
+    page.click(f"{UNIT}model :text('{MODEL}')")
+    has(page, "model", MODEL)
+    page.click(f"{UNIT}intent label:has-text('Variation')")
+    has(page, "weight", 1.3)
     unit = slot(page)
-    assert unit["model"] == model and len(unit["images"]) == 2
     made = generate(page)
-    assert model in page.inner_text("#html_info_txt2img")
-    fresh = browser.new_page()
-    fresh.goto(address)
-    fresh.check(f"{ACCORDION}-visible-checkbox")
-    fresh.wait_for_selector(SLOT, state="attached")
-    without = fresh.evaluate("() => document.querySelectorAll('.ip-adapter-card').length")
-    put(fresh, json.dumps(unit))
-    pictures(fresh, 2)
-    assert without == 0 and generate(fresh) == made
-    put(fresh, json.dumps({**unit, "images": unit["images"][:1]}))
-    pictures(fresh, 1)
-    image = "#txt2img_gallery img"
-    old = fresh.get_attribute(image, "src")
-    fresh.click("#txt2img_generate")
-    until(fresh, "([image, old]) => document.querySelector(image)?.src.endsWith(old) === false", [image, old])
-    fresh.close()
+    infotext = page.inner_text("#html_info_txt2img")
+    assert all(each["sha256"] in infotext for each in unit["images"]) and MODEL in infotext
+    with opened(browser, host) as fresh:
+        assert fresh.is_checked(f"{ACCORDION}-visible-checkbox") is False
+        assert fresh.evaluate("() => document.querySelectorAll('.ip-adapter-card').length") == 0
+        paste(fresh, infotext)
+        pictures(fresh, 2)
+        assert fresh.is_checked(f"{ACCORDION}-visible-checkbox")
+        assert Unit.from_json(slot(fresh)) == Unit.from_json(unit)
+        assert pixels(start(fresh)) == pixels(made)
+        put(fresh, json.dumps({**unit, "images": unit["images"][:1]}))
+        pictures(fresh, 1)
+        assert pixels(start(fresh)) != pixels(made)
+    with opened(browser, host) as fresh:  # the same through the file
+        (tmp_path / "made.png").write_bytes(made)
+        fresh.click("#tabs > .tab-nav > button:has-text('PNG Info')")
+        fresh.set_input_files("#pnginfo_image input[type=file]", str(tmp_path / "made.png"))
+        until(fresh, "() => document.querySelector('#pnginfo_generation_info textarea').value.includes('IP-Adapter 1')")
+        fresh.click("#txt2img_tab")
+        pictures(fresh, 2)
+        assert Unit.from_json(slot(fresh)) == Unit.from_json(unit)
+        assert pixels(start(fresh)) == pixels(made)
+
+
+def test_a_paste_says_which_picture_is_missing_and_which_unit_has_no_tab(page: Any) -> None:
+    paste(page, f'a\nSteps: 2, Seed: 1, Size: 64x64, IP-Adapter 7: "model: {MODEL}, picture 1: {"0" * 64}"')
+    page.wait_for_selector(f"#script_txt2img_ipadapter_paste_note :text('{'0' * 64}')")
+    page.wait_for_selector("#script_txt2img_ipadapter_paste_note :text('7 have no tab')")
+    until(page, "() => document.querySelector('.ip-adapter-badge').textContent === '1'")
 
 
 def test_pictures_are_moved_weighed_cropped_and_removed(page: Any, files: list[str]) -> None:
@@ -250,9 +327,144 @@ def test_get_models_opens_and_a_refused_job_says_why(page: Any) -> None:
     page.wait_for_selector("#html_log_txt2img :text('has no picture in any enabled unit')")
 
 
-def test_a_result_is_sent_into_the_first_unit_without_pictures(page: Any, files: list[str]) -> None:
+IMG2IMG = UNIT.replace("txt2img", "img2img")
+
+
+def test_pictures_are_sent_from_gallery_img2img_and_png_info(page: Any, files: list[str]) -> None:
     page.uncheck(f"{ACCORDION}-visible-checkbox")
-    generate(page)
-    page.click("#ip_adapter_send_0")
+    made = generate(page)
+    page.click("#image_buttons_txt2img #ip_adapter_send_0")
     pictures(page, 1)
-    assert page.is_checked(f"{ACCORDION}-visible-checkbox") and len(slot(page)["images"]) == 1
+    assert page.is_checked(f"{ACCORDION}-visible-checkbox")
+    assert slot(page)["images"] == [{"sha256": picture_hash(read_picture(made))}]
+    tab = "#tabs > .tab-nav > button:has-text('{}')"
+    page.click(tab.format("PNG Info"))
+    page.set_input_files("#pnginfo_image input[type=file]", files[0])
+    page.wait_for_selector("#pnginfo_image img")
+    page.click("#tab_pnginfo #ip_adapter_send_3")  # into the first unit without pictures: the second
+    second = "#script_txt2img_ipadapter_unit_2_"
+    page.wait_for_selector(f"{second}list img[src^=data]")
+    assert picture_hash(read_picture(Path(files[0]))) in page.input_value(f"{second}hashes :is(textarea, input)")
+    page.click(tab.format("img2img"))
+    page.set_input_files("#img2img_image input[type=file]", files[1])
+    page.wait_for_selector("#img2img_image img")
+    page.click("#tab_img2img #ip_adapter_send_2")
+    page.wait_for_selector(f"{IMG2IMG}list img[src^=data]")
+    assert picture_hash(read_picture(Path(files[1]))) in page.input_value(f"{IMG2IMG}hashes :is(textarea, input)")
+
+
+def test_a_picture_is_pasted_from_the_clipboard_into_the_unit_under_the_pointer(page: Any, files: list[str]) -> None:
+    shown = base64.b64encode(Path(files[0]).read_bytes()).decode()
+    event = """async (data) => {
+        const blob = await (await fetch(`data:image/png;base64,${data}`)).blob();
+        const clipboardData = new DataTransfer();
+        clipboardData.items.add(new File([blob], "image.png", { type: "image/png" }));
+        document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+    }"""
+    page.hover("#txt2img_prompt textarea")
+    page.evaluate(event, shown)
+    page.hover(f"{UNIT}model")
+    page.evaluate(event, shown)
+    pictures(page, 1)
+    assert slot(page)["images"] == [{"sha256": picture_hash(read_picture(Path(files[0])))}]
+
+
+def test_a_picture_is_dragged_from_the_gallery_into_a_unit(page: Any) -> None:
+    page.uncheck(f"{ACCORDION}-visible-checkbox")
+    made = generate(page)
+    page.check(f"{ACCORDION}-visible-checkbox")
+    page.drag_and_drop("#txt2img_gallery img", f"{UNIT}model")
+    pictures(page, 1)
+    assert slot(page)["images"] == [{"sha256": picture_hash(read_picture(made))}]
+
+
+def test_a_drag_moves_the_crop(page: Any, files: list[str]) -> None:
+    upload(page, files[:1], 1)
+    image = f"{UNIT}list .ip-adapter-card img"
+    before = page.get_attribute(image, "src")
+    box = page.locator(image).bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    has(page, "images", [{**slot(page)["images"][0], "crop": [0.75, 0.5, 1]}])  # to the left: more of the right
+    until(page, "([image, old]) => document.querySelector(image).src !== old", [image, before])
+    page.click(f"{UNIT}intent label:has-text('Composition')")  # which shows the whole picture, so there is no crop
+    has(page, "preparation", "pad")
+    page.mouse.down()
+    page.mouse.move(box["x"], box["y"], steps=4)
+    page.mouse.up()
+    assert slot(page)["images"][0]["crop"] == [0.75, 0.5, 1]
+
+
+def test_the_line_below_start_and_stop_knows_the_schedule(page: Any) -> None:
+    page.click(f"{UNIT}advanced .label-wrap")
+    number(page, "#txt2img_steps input[type=number]", 12)
+    number(page, f"{UNIT}stop input[type=number]", 0.6)
+    for name in ("Karras", "SGM Uniform"):
+        page.click("#txt2img_scheduler input")
+        page.click(f"#txt2img_scheduler :text('{name}')")
+        acting = acts_in(Window(0, 0.6), of_scheduler(name, 12))
+        page.wait_for_selector(f"{UNIT}steps:text-is('Acts in steps 1 to {acting[-1]} of 12.')")
+    page.click(f"{UNIT}timing label:has-text('steps')")
+    page.wait_for_selector(f"{UNIT}steps:text-is('Acts in steps 1 to 8 of 12.')")
+
+
+def disabled(page: Any, selector: str) -> bool:
+    return bool(page.evaluate("(selector) => document.querySelector(selector).disabled", selector))
+
+
+def test_only_what_applies_is_enabled(page: Any, host: Running, files: list[str]) -> None:
+    upload(page, files[:1], 1)
+    page.click(f"{UNIT}advanced .label-wrap")
+    file, negative = f"{UNIT}uncond input[value=file]", f"{UNIT}negative input"
+    assert disabled(page, negative)
+    assert disabled(page, file) and not disabled(page, f"{UNIT}uncond input[value=none]")  # there is no such file
+    assert not disabled(page, f"{UNIT}list [data-crop=zoom]")
+    page.click(f"{UNIT}preparation label:has-text('squash')")
+    until(page, "(zoom) => document.querySelector(zoom).disabled", f"{UNIT}list [data-crop=zoom]")
+    try:
+        for name, width in (("fits", 64), ("other", 2048)):
+            save_file({NEGATIVE_KEY: torch.zeros(1, 4, width)}, host.models / "ipadapter" / f"{name}.safetensors")
+        page.click(f"{UNIT}refresh")
+        until(page, "(file) => !document.querySelector(file).disabled", file)
+        page.click(f"{UNIT}uncond label:has-text('file')")
+        has(page, "negative", "fits.safetensors")
+        assert not disabled(page, negative)
+        page.click(negative)
+        assert page.locator(f"{UNIT}negative li, {UNIT}negative [role=option]").all_inner_texts() == [
+            "✓\nfits.safetensors"
+        ]
+    finally:
+        for name in ("fits", "other"):
+            (host.models / "ipadapter" / f"{name}.safetensors").unlink()
+
+
+def test_models_are_listed_anew_when_the_accordion_opens(page: Any, host: Running) -> None:
+    header = f"{ACCORDION} .label-wrap >> nth=0"
+    page.click(header)
+    new = host.models / "ipadapter" / "another.safetensors"
+    shutil.copy(host.models / "ipadapter" / MODEL, new)
+    try:
+        page.click(header)
+        page.wait_for_timeout(300)
+        page.click(f"{UNIT}model input")
+        page.wait_for_selector(f"{UNIT}model :text('another.safetensors')")
+    finally:
+        new.unlink()
+
+
+def test_other_accordions_stay_where_they_are(browser: Any, host: Running, page: Any) -> None:
+    above = ["#txt2img_hr", "#txt2img_seed"]
+    place = "(ids) => ids.map((id) => JSON.stringify(document.querySelector(id).getBoundingClientRect()))"
+    with opened(browser, host) as closed:
+        closed.wait_for_timeout(500)
+        before = closed.evaluate(place, above)
+        shifts = closed.evaluate(
+            "() => new Promise((done) => new PerformanceObserver((list) => done(list.getEntries()"
+            ".flatMap((each) => each.sources.map((source) => source.node?.outerHTML?.slice(0, 200) || ''))))"
+            ".observe({ type: 'layout-shift', buffered: true }) ?? setTimeout(() => done([]), 500))"
+        )
+        assert [each for each in shifts if "ip-adapter" in each] == []
+    page.click(f"{UNIT}advanced .label-wrap")
+    assert page.evaluate(place, above) == before

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from tests.embedded.predictor import Predictor
 from tests.embedded.samplers import ddim, dpmpp_2m, euler, heun
-from tests.embedded.schedules import ddim_timesteps, discrete, karras, sgm_uniform
+from tests.embedded.schedules import SCHEDULES_BY_NAME, ddim_timesteps, discrete
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = (1, 7, 20)
@@ -50,6 +50,7 @@ def test_predictor_is_the_scaled_linear_table() -> None:
 @pytest.mark.parametrize("n", STEPS)
 def test_schedules(n: int) -> None:
     predictor = Predictor()
+    karras, sgm_uniform = (SCHEDULES_BY_NAME[name] for name in ("karras", "sgm_uniform"))
     reference = EulerDiscreteScheduler(**BETAS, interpolation_type="linear", timestep_spacing="linspace")
     reference.set_timesteps(timesteps=np.linspace(999, 0, n).tolist())
     # theirs interpolates sigma, k-diffusion its logarithm: equal within a fraction of one table entry
@@ -57,11 +58,11 @@ def test_schedules(n: int) -> None:
     if n > 1:
         reference = EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True, timestep_spacing="linspace")
         reference.set_timesteps(n)
-        assert karras(n, predictor).numpy() == pytest.approx(reference.sigmas.numpy(), rel=1e-4)
-    sgm = sgm_uniform(n, predictor)
+        assert karras.sigmas(n, predictor).numpy() == pytest.approx(reference.sigmas.numpy(), rel=1e-4)
+    sgm = sgm_uniform.sigmas(n, predictor)
     expected = [999.0 - 999.0 * i / n for i in range(n)]
     assert predictor.timestep(sgm[:-1]).tolist() == pytest.approx(expected, abs=0.51)
-    for sigmas in (discrete(n, predictor), karras(n, predictor), sgm):
+    for sigmas in (discrete(n, predictor), karras.sigmas(n, predictor), sgm):
         assert sigmas.shape == (n + 1,)
         assert sigmas[-1] == 0
         assert bool((sigmas.diff() < 0).all())

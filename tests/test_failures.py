@@ -237,7 +237,7 @@ def test_an_encoder_that_runs_out_of_memory(client: TestClient, plain: str, monk
     def encode(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("sd_image_prompt.preparer.encode", encode)
+    monkeypatch.setattr("sd_image_prompt.gathering.encode", encode)
     assert "out of memory" in refused(client, request(unit(photos=("chelsea",), preparation="squash")))
     monkeypatch.undo()
     assert client.post("/sdapi/v1/txt2img", json=request()).json()["images"][0] == plain

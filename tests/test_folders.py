@@ -44,6 +44,15 @@ def test_every_convention_in_its_order(webui: SimpleNamespace) -> None:
     assert ModelFolders().adapter_folders() == [ours, flag, setting, one, two, three, extension]
 
 
+def test_our_settings_name_folders_one_a_line(webui: SimpleNamespace) -> None:
+    one, two, models, encoders = webui.make("one", "zwei, é", "models/ipadapter", "models/clip_vision")
+    webui.shared.opts = SimpleNamespace(
+        ip_adapter_models_folders=f" {one}\n\n{two}\nnowhere", ip_adapter_encoders_folders=None
+    )
+    assert ModelFolders().adapter_folders() == [one, two, models]
+    assert ModelFolders().encoder_folders() == [encoders]
+
+
 def test_encoders_too(webui: SimpleNamespace) -> None:
     ours, forge, setting, own, preprocessors, controlnet, extension = webui.make(
         "ours",

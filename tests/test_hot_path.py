@@ -19,17 +19,19 @@ from torch.utils._pytree import tree_leaves
 
 from lib_ipadapter import plan as plan_module
 from lib_ipadapter.attn2 import CurrentPlan, Replacement
+from lib_ipadapter.curves import parse
 from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.hosts import a1111
 from lib_ipadapter.hosts.base import UNetInfo
 from lib_ipadapter.hosts.comfy import _chained
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
-from lib_ipadapter.masks import Canvas, Mask, Place, grids, of_template
+from lib_ipadapter.masks import Canvas, Mask, Where, grids, of_template
 from lib_ipadapter.plan import ImageKV, Plan
 from lib_ipadapter.progress import Window
+from lib_ipadapter.reweighing import Unweighed
 from lib_ipadapter.rows import COND, UNCOND, Call
-from lib_ipadapter.weighing import weigh
+from lib_ipadapter.weighing import Weighed, arrange, weigh
 from tests.bare_model import LAYERS
 from tests.bench.unets import FAMILIES, Sampling, make_unet
 from tests.bench.variants import Variants
@@ -39,6 +41,9 @@ TEXT, QUERIES, TOKENS = 77, 8, 4
 
 # Operations that move something between devices, or wait for one.
 TRAFFIC = {"_to_copy", "copy_", "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
+
+
+READ = "item"
 
 
 class Operations(TorchDispatchMode):
@@ -79,12 +84,24 @@ def injection(
     pictures: int,
     window: Window = Window(),  # noqa: B008
     first: int = UNCOND,
-    places: tuple[Place, ...] = (),
+    places: tuple[Where, ...] = (),
 ) -> Injection:
     prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
     weighed = weigh(prompts, formulation, 0.7, (), 1280, first)
     where = dict.fromkeys(prompts, places) if places else {}
-    return Injection([Term(formulation, window, weighed, places=where)], len(LAYERS[layout]))
+    return Injection([Term(formulation, window, weighed, where=where)], len(LAYERS[layout]))
+
+
+def on_a_curve(layout: str, formulation: Formulation, pictures: int, curve: str, first: int = UNCOND) -> Injection:
+    """As a :class:`.preparer.PreparedUnit` makes it: weighed where the curve has one value, else unweighed."""
+    prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
+    parsed = parse(curve)
+    weighed: Weighed | Unweighed
+    if parsed.only:
+        weighed = weigh(prompts, formulation, 0.7 * parsed.only, (), 1280, first)
+    else:
+        weighed = Unweighed(arrange(prompts, (), first), formulation, 0.7, 1280)
+    return Injection([Term(formulation, Window(), weighed, parsed)], len(LAYERS[layout]))
 
 
 def no_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -151,7 +168,7 @@ def test_a_masked_picture_is_an_attention_and_a_sum_of_products(batch: int) -> N
 @pytest.mark.usefixtures("masked_attention_is_one")
 @pytest.mark.parametrize("places", [(LEFT,), (LEFT, RIGHT), (LEFT, (), LEFT)])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_masks_in_the_softmax_are_a_copy_and_an_attention(places: tuple[Place, ...], batch: int) -> None:
+def test_masks_in_the_softmax_are_a_copy_and_an_attention(places: tuple[Where, ...], batch: int) -> None:
     made = injection("sdxl", JOINT, len(places), places=places)
     operations = steady("sdxl", made, Call(rows(batch), 0.5, EQUAL, latent=LATENT))
     assert operations.counts["cat"] == operations.counts["neg"] == 70
@@ -243,6 +260,54 @@ def test_outside_its_window_a_unit_does_nothing_at_all(formulation: Formulation)
     assert made.acted == [False]
 
 
+# A weight that changes
+
+
+@pytest.mark.parametrize("curve", ["0.7@0", "0.7@0.2, 0.7@0.8", "0.7@0.9, 0@0.9", "0.2@0, 0.7@0.3, 0.7@0.6, 0@1"])
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_curve_adds_nothing_where_its_value_stays(formulation: Formulation, curve: str) -> None:
+    plain = steady("sdxl", injection("sdxl", formulation, 2), Call(rows(2), 0.5, EQUAL))
+    curved = steady("sdxl", on_a_curve("sdxl", formulation, 2, curve), Call(rows(2), 0.5, EQUAL))
+    assert (curved.order, curved.allocated) == (plain.order, plain.allocated)
+
+
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_curve_does_nothing_where_it_is_zero() -> None:
+    made = on_a_curve("sdxl", JOINT, 2, "0@0.6, 1@1")
+    assert steady("sdxl", made, Call(rows(2), 0.5, EQUAL)).counts == {}
+    assert made.acted == [False]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("pictures", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("formulation", "operations"),
+    [
+        (JOINT, {"mean": 1, "mul": 2, "sub": 1, "add": 1, "copy_": 2}),
+        (DECOUPLED, {"mul": 1, "copy_": 1}),
+    ],
+)
+@pytest.mark.usefixtures("attention_is_one")
+def test_a_changed_weight_takes_a_few_large_operations_for_each_width(
+    formulation: Formulation, operations: dict[str, int], pictures: int, batch: int
+) -> None:
+    """All 70 layers, all pictures and both roles together; no plan is made anew, and the layers do what they did."""
+    call = Call(rows(batch), 0.1, EQUAL)
+    made = on_a_curve("sdxl", formulation, pictures, "0@0, 1@1")
+    unet = ComfyUNet("sdxl", made, call)
+    unet.step()
+    same = unet.step()
+    plans = dict(made._plans)
+    for progress in (0.3, 0.6):
+        object.__setattr__(call, "progress", progress)
+        changed = unet.step()
+        assert changed.counts - same.counts == Counter({name: 2 * count for name, count in operations.items()})
+        assert changed.order[-len(same.order) :] == same.order  # before the first layer
+        assert not ({"_to_copy", READ} & set(changed.counts))
+        assert made._plans == plans
+
+
 def storages(images: ImageKV) -> set[int]:
     return {t.untyped_storage()._cdata for kind in (images.keys, images.values) for t in kind}
 
@@ -263,8 +328,6 @@ def test_rows_are_views_and_memory_does_not_grow_with_the_batch(batch: int, pict
 
 
 # Reads of the device
-
-READ = "item"
 
 
 def waits_for_nothing() -> float:
@@ -406,3 +469,25 @@ def test_growth_from_step_to_step_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Plan, "extended", slower)
     with pytest.raises(AssertionError):
         steady("sdxl", injection("sdxl", JOINT, 1), Call(rows(1), 0.5, EQUAL))
+
+
+@pytest.mark.usefixtures("attention_is_one")
+@pytest.mark.parametrize("text_tokens", [EQUAL, UNEQUAL])
+def test_pictures_of_single_items_are_still_laid_out_by_one_copy(text_tokens: dict[int, int]) -> None:
+    """Each row's own image tokens come from where they lie; a third unit beside them changes nothing."""
+    made = [injection("sdxl", JOINT, 1), injection("sdxl", JOINT, 1)]
+    terms = [Term(JOINT, Window(), each.terms[0].weighed, items=frozenset({n})) for n, each in enumerate(made)]
+    call = Call(rows(2), 0.5, text_tokens, items=(0, 1, 0, 1))
+    operations = steady("sdxl", Injection(terms, 70), call)
+    assert operations.counts == {"cat": 70 if text_tokens is EQUAL else 140}
+    for_all = injection("sdxl", JOINT, 1).terms[0]
+    assert steady("sdxl", Injection([*terms, for_all], 70), call).counts == operations.counts
+
+
+@pytest.mark.usefixtures("attention_is_one")
+def test_decoupled_pictures_of_single_items_are_an_attention_for_each_and_role() -> None:
+    made = [injection("sdxl", DECOUPLED, 1), injection("sdxl", DECOUPLED, 1)]
+    terms = [Term(DECOUPLED, Window(), each.terms[0].weighed, items=frozenset({n})) for n, each in enumerate(made)]
+    operations = steady("sdxl", Injection(terms, 70), Call(rows(2), 0.5, EQUAL, items=(0, 1, 0, 1)))
+    assert operations.counts["neg"] == 4 * 70
+    assert not TRAFFIC & set(operations.counts) - {"copy_"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import unicodedata
 from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
@@ -17,8 +18,23 @@ from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
 from lib_ipadapter.masks import TEMPLATES
-from lib_ipadapter.units import NO_MASK, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, ImageRef, MaskRef, Unit
+from lib_ipadapter.units import (
+    HIRES,
+    MIXTURES,
+    NO_MASK,
+    NOISES,
+    PICTURES,
+    PREPARATIONS,
+    TIMINGS,
+    UNCONDS,
+    UNIT_SLOTS,
+    ImageRef,
+    MaskRef,
+    Unit,
+)
+from tests.curve_points import curve_texts
 from tests.embedded.infotext import create_infotext, parse_generation_parameters
+from tests.layer_texts import layer_texts
 
 HASH = "0123456789abcdef" * 4
 ODD = ",:\"\\\n\r\t[]() '{}<>&;=äß日本\U0001f600\u00a0\u2028\x00\x1f"
@@ -62,18 +78,37 @@ masks = st.just(NO_MASK) | st.builds(
     st.just(0.0) | parts,
     st.booleans(),
 )
-images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops, mask=masks)
+names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
+    lambda text: unicodedata.normalize("NFC", text) == text
+)
+odd_names = st.sampled_from(("name x", "weight 1 name  a", "mask name a"))
+saved_images = st.builds(ImageRef, saved=names | odd_names, weight=weights, mask=masks)
+images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops, mask=masks) | saved_images
 
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
     """Any unit whose pictures are given by hash."""
     start, stop = sorted(draw(st.tuples(parts, parts).filter(lambda pair: pair[0] != pair[1])))
-    uncond = draw(st.sampled_from(UNCONDS))
+    pictures = tuple(draw(st.lists(images, max_size=4)))
+    negatives = tuple(replace(each, mask=NO_MASK) for each in draw(st.lists(images, max_size=max(1, len(pictures)))))
+    noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*pictures, *negatives)) else "none"
+    uncond = "auto" if negatives or noise != "none" else draw(st.sampled_from(UNCONDS))
+    places = draw(st.sampled_from(PICTURES))
+    mixture = draw(st.sampled_from(MIXTURES)) if places == "together" else "concat"
+    if mixture != "concat":
+        pictures = tuple(replace(each, mask=NO_MASK) for each in pictures)
     return Unit(
         enabled=draw(st.booleans()),
         model=draw(st.one_of(st.just(""), texts)),
-        images=tuple(draw(st.lists(images, max_size=4))),
+        images=pictures,
+        mixture=mixture,
+        pictures=places,
+        balance=draw(st.booleans()),
+        negative_images=negatives,
+        noise=noise,
+        noise_strength=draw(parts),
+        uncond_weight=draw(weights),
         weight=draw(weights),
         start=start,
         stop=stop,
@@ -82,6 +117,13 @@ def units(draw: st.DrawFn) -> Unit:
         negative=draw(texts) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
         timing=draw(st.sampled_from(TIMINGS)),
+        curve=draw(curve_texts),
+        hires_curve=draw(curve_texts),
+        hires=draw(st.sampled_from(HIRES)),
+        hires_scale=draw(st.floats(0, 5)),
+        nested=draw(st.booleans()),
+        layers=draw(layer_texts),
+        composition_weight=draw(st.none() | st.floats(-5, 5)),
         mask=draw(masks),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.injection import Injection, Term
-from lib_ipadapter.masks import Canvas, Mask, Place, Region, of_picture, of_template
+from lib_ipadapter.masks import Canvas, Mask, Region, Where, of_picture, of_template
 from lib_ipadapter.plan import ImageKV, Plan, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, OTHER, UNCOND, Call
@@ -45,7 +45,7 @@ class Spec:
     """A unit: its pictures by role (numbers of tokens; the same seed is the same picture), weight, and places."""
 
     formulation: Formulation
-    places: Sequence[Place]
+    places: Sequence[Where]
     """Of each picture."""
     tokens: Sequence[int] = ()
     """Of each picture; empty: 4."""
@@ -53,6 +53,7 @@ class Spec:
     seeds: Sequence[int] = ()
     """Which picture each of them is; empty: all differ."""
     uncond: bool = True
+    balance: bool = False
 
     def prompts(self, number: int) -> Prompts:
         tokens = self.tokens or (4,) * len(self.places)
@@ -66,7 +67,9 @@ def injection_of(specs: Sequence[Spec], canvas: Canvas | None = Canvas(LATENT)) 
     terms = []
     for number, spec in enumerate(specs):
         weighed = weigh(spec.prompts(number), spec.formulation, spec.weight, (), WIDEST, UNCOND)
-        terms.append(Term(spec.formulation, Window(), weighed, {COND: tuple(spec.places), UNCOND: tuple(spec.places)}))
+        terms.append(
+            Term(spec.formulation, Window(), weighed, where={COND: tuple(spec.places), UNCOND: tuple(spec.places)})
+        )
     made = Injection(terms, LAYERS)
     made.canvas = canvas
     return made
@@ -78,7 +81,7 @@ def text(rows: int, queries: int, tokens: int = TEXT, seed: int = 99) -> tuple[T
     return q, k, v
 
 
-def factors(place: Place, queries: int) -> np.ndarray:
+def factors(place: Where, queries: int) -> np.ndarray:
     """``[N, 1]``: the masks' averages on the grid of so many queries."""
     depth = QUERIES.index(queries)
     found = np.ones(queries)
@@ -107,7 +110,7 @@ def expected(
         added = np.zeros((queries, WIDTH))
         for number, spec in enumerate(specs):
             images = spec.prompts(number).get(role, ())
-            by_place: dict[Place, list[ImageKV]] = {}
+            by_place: dict[Where, list[ImageKV]] = {}
             for image, place in zip(images, spec.places, strict=False):
                 by_place.setdefault(place, []).append(image)
             for place, together in by_place.items():
@@ -244,7 +247,7 @@ COMPLEMENTARY: dict[str, list[Mask]] = {
 @pytest.mark.parametrize("as_units", [True, False])
 @pytest.mark.parametrize("within", [(), (of_template("centre", 0.3),)])
 def test_complementary_masks_of_a_picture_add_up_to_no_mask(
-    seam: str, formulation: Formulation, masks: str, as_units: bool, within: Place
+    seam: str, formulation: Formulation, masks: str, as_units: bool, within: Where
 ) -> None:
     """As pictures of one unit and as units of their own; and with a mask around them, to that one alone."""
     parts = [(*within, mask) for mask in COMPLEMENTARY[masks]]
@@ -276,6 +279,20 @@ def test_queries_outside_a_mask_have_what_they_have_without_the_unit(seam: str, 
             0.0 if seam == "hooks" or formulation is DECOUPLED else 1e-6
         )
         assert float(difference[:, : columns // 2].min()) > 1e-2
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("roles", ROLES)
+def test_masks_of_balanced_pictures(seam: str, roles: tuple[int, ...]) -> None:
+    """Each of three pictures weighs as a third of one, which is one beside three times the text."""
+    spec = Spec(JOINT, [(LEFT,), (SOFT_RIGHT,), ()], balance=True)
+    plan = plan_of(injection_of([spec]), roles)
+    for queries in QUERIES:
+        q, k, v = text(len(roles), queries)
+        real = [t.repeat(3, 1) if role != OTHER else t for t, role in zip(k, roles, strict=True)]
+        values = [t.repeat(3, 1) if role != OTHER else t for t, role in zip(v, roles, strict=True)]
+        out = SEAMS[seam](plan, 1, q, k, v)
+        assert_close(out, expected([spec], roles, q, real, values, 1))
 
 
 def test_both_seams_agree() -> None:

@@ -22,7 +22,7 @@ from lib_ipadapter.hosts.comfy import _chained
 from lib_ipadapter.hosts.unet import describe
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import first_in_forward_order
-from lib_ipadapter.masks import Canvas, Place, of_picture, of_template
+from lib_ipadapter.masks import Canvas, Where, of_picture, of_template
 from lib_ipadapter.plan import ImageKV, scaled_dot_product
 from lib_ipadapter.progress import Window
 from lib_ipadapter.rows import COND, UNCOND, Call
@@ -279,7 +279,7 @@ def picture_for(widths: tuple[int, ...], seed: int) -> ImageKV:
 
 
 LATENT = (9, 13)
-PLACES: dict[str, list[Place]] = {
+PLACES: dict[str, list[Where]] = {
     "halves": [(of_template("left half"),), (of_template("right half"),)],
     "soft halves": [(of_template("left half", 0.4),), (of_template("right half", 0.4),)],
     "a photograph": [(of_picture(photo("coffee")),), (of_picture(photo("coffee"), invert=True),)],
@@ -300,12 +300,12 @@ def test_the_whole_unet_through_both_seams(
     vector = host_of(shape).sd_model.shape.vector
     y = {"y": torch.randn(2, vector, generator=generator)} if vector else {}
 
-    def injection(places: list[Place]) -> Injection:
+    def injection(places: list[Where]) -> Injection:
         one, none = picture_for(info.widths, 5), picture_for(info.widths, 6)
         prompts = {COND: (one,) * len(places), UNCOND: (none,) * len(places)}
         weighed = weigh(prompts, formulation, 0.8, (), max(info.widths), COND)
         made = Injection(
-            [Term(formulation, Window(), weighed, dict.fromkeys((COND, UNCOND), tuple(places)))], len(info.keys)
+            [Term(formulation, Window(), weighed, where=dict.fromkeys((COND, UNCOND), tuple(places)))], len(info.keys)
         )
         made.canvas = Canvas(LATENT)
         return made

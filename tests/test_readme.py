@@ -36,17 +36,17 @@ __all__ = ["hub"]  # a fixture
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 PICTURE = "<base64 of a PNG or JPEG, or a data URI>"
-*REQUESTS, CHECK, CHECKED, PREVIEW, MODELS, DOWNLOAD, PROGRESS = [
+*REQUESTS, CHECK, CHECKED, PREVIEW, SAVE, MODELS, DOWNLOAD, PROGRESS = [
     json.loads(text.replace(PICTURE, base64_photo())) for language, text in BLOCKS if language == "json"
 ]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_there_are_as_many_examples_as_are_run() -> None:
-    assert (len(REQUESTS), len(PYTHON)) == (3, 2)
+    assert (len(REQUESTS), len(PYTHON)) == (5, 2)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", range(len(REQUESTS) - 1))
 def test_requests(host: Host, number: int) -> None:
     wanted = REQUESTS[number]
     client = Client(host.app)
@@ -68,13 +68,13 @@ def test_the_defaults_are_those_shown() -> None:
     shown = REQUESTS[1]["alwayson_scripts"]["IP-Adapter"]["args"][0]
     default = Unit()
     for name, value in shown.items():
-        if name not in ("model", "images"):
+        if name not in ("model", "images", "negative_images"):
             assert getattr(default, name) == getattr(Unit.from_json({name: value}), name)
     assert set(shown) == set(Unit.__dataclass_fields__)
 
 
 def test_a_request_that_cannot_be_met(host: Host) -> None:
-    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[2]), "picture")
+    refused(Client(host.app).post("/sdapi/v1/txt2img", json=REQUESTS[-1]), "picture")
 
 
 def test_the_table_has_every_route() -> None:
@@ -96,6 +96,8 @@ def test_check(host: Host) -> None:
     answer = client.post("/ip-adapter/check", json=CHECK).json()
     assert re.fullmatch("[0-9a-f]{64}", answer["pictures"][0]["sha256"])
     answer["pictures"][0]["sha256"] = "<64 hexadecimal digits>"
+    assert len(answer["layers"]) == 16
+    answer["layers"][1:] = ["…"]
     assert answer == CHECKED
     refused(client.post("/ip-adapter/check", json=CHECK | {"scheduler": "fast"}), '"fast"')
 
@@ -106,6 +108,23 @@ def test_preview(host: Host) -> None:
     (seen,) = (Image.open(BytesIO(base64.b64decode(each))) for each in answer["images"])
     assert set(answer) == {"size", "images"} and seen.size == (answer["size"], answer["size"])
     refused(client.post("/ip-adapter/preview", json=PREVIEW | {"preparation": "zoom"}), '"zoom"')
+
+
+def test_saving(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.cmd_opts, "disable_extension_access", False, raising=False)
+    client = Client(host.app)
+    answer = client.post("/ip-adapter/saved", json=SAVE).json()
+    assert set(answer) == {"name", "pictures", "bytes"} and answer["pictures"] == 1
+    refused(client.post("/ip-adapter/saved", json=SAVE), '"lighthouse keeper" is there already')
+    drawn = []
+    for prompt in ("a house", "a house<ipa:lighthouse keeper:0.7>"):
+        wanted = {**REQUESTS[0], "prompt": prompt, "alwayson_scripts": {}, "seed": 1}
+        (image,) = client.post("/sdapi/v1/txt2img", json=wanted).json()["images"]
+        drawn.append(Image.open(BytesIO(base64.b64decode(image))).tobytes())
+    assert drawn[0] != drawn[1]
+    wrong = {**REQUESTS[0], "prompt": "<ipa:nobody>", "alwayson_scripts": {}}
+    refused(client.post("/sdapi/v1/txt2img", json=wrong), "there are lighthouse keeper")
+    assert client.delete("/ip-adapter/saved/lighthouse keeper").status_code == 200
 
 
 def test_webuiapi(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

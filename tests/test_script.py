@@ -54,10 +54,16 @@ class Session:
     def describe(self, name):
         return ""
 
+    def misfit(self, name):
+        return ""
+
+    def applies(self, name):
+        return {"needs": {}, "values": {}, "files": {"negative": []}}
+
     def negatives(self):
         return []
 
-    def prepare(self, p, units):
+    def prepare(self, p, units, tagged):
         self._called("prepare", p, units)
         return {f"IP-Adapter {number}": f"model: {unit.model}" for number, unit in enumerate(units, 1)}
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lib_ipadapter.errors import IPAdapterError
-from lib_ipadapter.progress import Window, progress_of_timestep
-from lib_ipadapter.steps import SCHEDULERS, acts_in, of_img2img, of_scheduler, of_sigmas
+from lib_ipadapter.progress import progress_of_timestep
+from lib_ipadapter.steps import SCHEDULERS, factors, of_img2img, of_scheduler, of_sigmas
+from lib_ipadapter.units import Unit
 from tests.embedded import Host
 from tests.photos import base64_photo
 
@@ -43,11 +44,15 @@ def test_one_step_and_many() -> None:
         assert many == sorted(many) and len(many) == 1000
 
 
+def acting(progress: list[float], **fields: Any) -> list[int]:
+    return [number for number, factor in enumerate(factors(Unit(**fields), progress), 1) if factor]
+
+
 def test_windows() -> None:
     progress = of_scheduler("uniform", 5)
-    assert acts_in(Window(), progress) == [1, 2, 3, 4, 5]
-    assert acts_in(Window(0.25, 0.75), progress) == [2, 3]
-    assert acts_in(Window(0.0, 0.1), of_img2img(progress, 0.5)) == []
+    assert acting(progress) == [1, 2, 3, 4, 5]
+    assert acting(progress, start=0.25, stop=0.75) == [2, 3]
+    assert acting(of_img2img(progress, 0.5), stop=0.1) == []
 
 
 def test_an_unknown_schedule() -> None:

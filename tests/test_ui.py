@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from lib_ipadapter import pictures, references
+from lib_ipadapter.applies import NEEDS
 from lib_ipadapter.intents import FIELDS, INTENTS
 from lib_ipadapter.ui import handlers
-from lib_ipadapter.units import SCHEMA_VERSION, UNIT_SLOTS, ImageRef, Unit
+from lib_ipadapter.units import SCHEMA_VERSION, UNCONDS, UNIT_SLOTS, ImageRef, Unit
 from tests.embedded.gradio_compat import gr
 
 from lib_ipadapter.ui import accordion  # isort: skip  # gradio is importable only by now
@@ -58,10 +59,18 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("as_file", [str, lambda path: SimpleNamespace(name=str(path))], ids=["gradio 4", "gradio 3"])
-def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: Any) -> None:
-    text, note = handlers.keep_files([as_file(path) for path in files])
-    again, _ = handlers.keep_files([as_file(path) for path in files])
+def sent(*paths: Path) -> str:
+    """As the page sends files."""
+    return json.dumps([{"name": path.name, "data": data_uri(path)} for path in paths])
+
+
+def hashes_of(*paths: Path) -> list[str]:
+    return list(json.loads(handlers.keep(sent(*paths))[0])["hashes"])
+
+
+def test_files_are_kept_and_named_by_their_hashes(files: list[Path]) -> None:
+    text, note = handlers.keep(sent(*files))
+    again, _ = handlers.keep(sent(*files))
     hashes = json.loads(text)["hashes"]
     assert note == "" and len(hashes) == 2 and hashes == json.loads(again)["hashes"]
     assert text != again  # or the page would see no change when the same pictures come twice
@@ -71,7 +80,7 @@ def test_files_are_kept_and_named_by_their_hashes(files: list[Path], as_file: An
 
 @pytest.mark.parametrize("preparation", ["crop", "squash", "pad"])
 def test_previews_are_the_encoder_s_input_to_the_bit(files: list[Path], preparation: str) -> None:
-    hashes = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    hashes = hashes_of(*files)
     entries = [{"sha256": hashes[0], "crop": [0.0, 0.5, 2.0]}, {"sha256": hashes[1], "weight": 0.5}, data_uri(files[0])]
     answers = json.loads(handlers.preview(json.dumps(entries), preparation))
     crops = ((0.0, 0.5, 2.0), (0.5, 0.5, 1.0), (0.5, 0.5, 1.0))
@@ -86,16 +95,8 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def test_a_picture_sent_by_the_page_is_kept(files: list[Path]) -> None:
-    text, note = handlers.keep_text(data_uri(files[0]))
-    (sha256,) = json.loads(text)["hashes"]
-    assert note == "" and np.array_equal(np.asarray(references.get(sha256)), np.asarray(Image.open(files[0])))
-    text, note = handlers.keep_text("data:image/png;base64,AAAA")
-    assert json.loads(text)["hashes"] == [] and 'role="alert"' in note
-
-
 def test_pictures_are_forgotten_when_asked(files: list[Path]) -> None:
-    first, second = json.loads(handlers.keep_files([str(each) for each in files])[0])["hashes"]
+    first, second = hashes_of(*files)
     assert handlers.forget(None) == handlers.forget("") == handlers.forget_all("") == ""
     assert "The copy is deleted." in handlers.forget(first)
     assert "There was no copy of it." in handlers.forget(first)
@@ -110,20 +111,22 @@ def test_the_page_says_where_pictures_are_kept(monkeypatch: pytest.MonkeyPatch, 
     assert f"is kept in {tmp_path.as_posix()}" in handlers.kept_line()
 
 
-@pytest.mark.parametrize("nothing", [None, []])
-def test_no_files_add_nothing(nothing: Any) -> None:
-    text, note = handlers.keep_files(nothing)
+@pytest.mark.parametrize("nothing", [None, "", "[]"])
+def test_no_files_add_nothing(nothing: str | None) -> None:
+    text, note = handlers.keep(nothing)
     assert json.loads(text)["hashes"] == [] and note == ""
-    assert json.loads(handlers.keep_text("")[0])["hashes"] == []
     assert handlers.preview("", "crop") == handlers.preview(None, "crop") == "[]"
 
 
 def test_a_file_that_is_no_picture_keeps_none_and_is_named(files: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken <b>.png"
     broken.write_bytes(files[0].read_bytes()[:60])
-    text, note = handlers.keep_files([str(files[1]), str(broken)])
-    assert json.loads(text)["hashes"] == []
-    assert "broken &lt;b&gt;.png: " in note and "<b>" not in note and str(tmp_path) not in note
+    references.default.forget_all()
+    text, note = handlers.keep(sent(files[1], broken))
+    assert json.loads(text)["hashes"] == [] and references.default.listing() == []
+    assert "broken &lt;b&gt;.png: " in note and "<b>" not in note and 'role="alert"' in note
+    _, note = handlers.keep(json.dumps([{"name": "film.mp4", "data": "data:,"}]))
+    assert "film.mp4: " in note
 
 
 def test_a_picture_that_is_gone_is_said() -> None:
@@ -249,6 +252,14 @@ class FileLists:
     def describe(self, name: str) -> str:
         return f"<{name}> · plus" if name in self._adapters else ""
 
+    def misfit(self, name: str) -> str:
+        return f"The adapter {name} is made for another model family." if name == "other" else ""
+
+    def applies(self, name: str) -> dict[str, Any]:
+        fitting = self._negatives if name != "other" else []
+        values = [each for each in UNCONDS if each != "file" or fitting]
+        return {"needs": NEEDS, "values": {"uncond": values}, "files": {"negative": fitting}}
+
     def negatives(self) -> list[str]:
         return self._negatives
 
@@ -323,7 +334,7 @@ def test_controls_follow_their_slot_in_the_page(page: SimpleNamespace) -> None:
 
 def test_events_on_the_server_wait_for_no_generation_and_are_no_api(page: SimpleNamespace) -> None:
     server = [event for event in page.events if event["backend_fn"]]
-    assert len(server) == len(VISIBLE) * 9 + 1
+    assert len(server) == len(VISIBLE) * 8 + 3
     slots = {page.ids[f"t_slot_{number}"] for number in range(1, UNIT_SLOTS + 1)}
     for event in server:
         assert event["queue"] is False and event["api_name"] is False
@@ -354,22 +365,60 @@ def test_refresh_lists_the_files_anew() -> None:
     for number in VISIBLE:
         refresh = ids[f"t_unit_{number}_refresh"]
         (event,) = [each for each in blocks.fns.values() if (refresh, "click") in map(tuple, each.targets)]
-        model, negative = event.fn(False)
+        model, kind, facts, negative = event.fn(False, "one", "n", "")
         assert model["choices"] == [("one", "one"), ("two", "two")] and negative["choices"] == ["n"]
-        assert ("other (doesn't fit: SDXL)", "other") in event.fn(True)[0]["choices"]
+        assert "plus" in kind and json.loads(facts)["files"] == {"negative": ["n"]}
+        assert ("other (doesn't fit: SDXL)", "other") in event.fn(True, "one", "n", "")[0]["choices"]
         outputs = [output._id for output in event.outputs]
-        assert outputs == [ids[f"t_unit_{number}_model"], ids[f"t_unit_{number}_negative"]]
+        assert outputs == [ids[f"t_unit_{number}_{name}"] for name in ("model", "kind", "facts", "negative")]
 
 
 def test_what_the_chosen_adapter_is_stands_below_it(page: SimpleNamespace) -> None:
     for number in VISIBLE:
         kind, model = page.ids[f"t_unit_{number}_kind"], page.ids[f"t_unit_{number}_model"]
         assert "&lt;one.safetensors&gt; · plus" in page.props[f"t_unit_{number}_kind"]["value"]
-        (event,) = [each for each in page.blocks.fns.values() if [output._id for output in each.outputs] == [kind]]
-        assert [tuple(target) for target in event.targets] == [(model, "change")]
-        assert [each._id for each in event.inputs] == [model]
-        assert "&lt;zwei é.bin&gt; · plus" in event.fn("zwei é.bin")
-        assert event.fn(None) == "" and "no model gone.bin here" in event.fn("gone.bin")
+        (event,) = [
+            each for each in page.blocks.fns.values() if (model, "change") in map(tuple, each.targets) if each.fn
+        ]
+        assert event.outputs[0]._id == kind and event.inputs[0]._id == model
+        assert "&lt;zwei é.bin&gt; · plus" in event.fn("zwei é.bin", None, "")[0]
+        assert event.fn(None, None, "")[0] == "" and "no model gone.bin here" in event.fn("gone.bin", None, "")[0]
+
+
+def test_the_negative_file_goes_with_the_model_unless_the_unit_has_one() -> None:
+    lists = FileLists(["one"], ["a", "b"])
+    with gr.Blocks() as blocks:
+        accordion.build(lists, InputAccordion, lambda name: f"t_{name}", shown=1)
+    ids = {each["props"].get("elem_id"): each["id"] for each in blocks.get_config_file()["components"]}
+    target = (ids["t_unit_1_model"], "change")
+    (event,) = [each for each in blocks.fns.values() if target in map(tuple, each.targets) if each.fn]
+    unit = Unit(model="one", images=REFS, uncond="file", negative="c").to_json()
+    assert event.fn("one", "c", "")[2] == gr.update(choices=["a", "b"], value="a")
+    assert event.fn("one", "c", unit)[2] == event.fn("one", "b", "")[2] == gr.update(choices=["a", "b"])
+
+
+def test_another_checkpoint_changes_lists_and_the_model_of_units_without_pictures() -> None:
+    adapters = ["one"]
+    with gr.Blocks() as blocks:
+        accordion.build(FileLists(adapters, []), InputAccordion, lambda name: f"t_{name}", shown=2)
+    props = {each["props"].get("elem_id"): each for each in blocks.get_config_file()["components"]}
+    target = (props["t_look"]["id"], "change")
+    (event,) = [each for each in blocks.fns.values() if target in map(tuple, each.targets)]
+    seen = props["t_seen"]["props"]["value"]
+    units = [False, "one", None, "", False, "one", None, Unit(model="one", images=REFS).to_json()]
+    assert event.fn("1", seen, *units) == (seen, *[gr.update()] * 8)
+    adapters[:] = ["two"]
+    now, model, kind, *rest = event.fn("2", seen, *units)
+    assert now != seen and model == gr.update(choices=[("two", "two")], value="two") and "two" in kind
+    assert rest[2] == gr.update(choices=[("two", "two")], value="one") and "no model one here" in rest[3]
+    adapters[:] = ["one", "other"]
+    assert "another model family" in event.fn("3", "", False, "other", None, units[-1], *units[4:])[2]
+
+
+def test_gradio_3_has_labels_for_values() -> None:
+    label = "a (b) (doesn't fit: SDXL)"
+    assert handlers.model_name(label) == "a (b)" and handlers.model_name("a (b)") == "a (b)"
+    assert handlers.model_name(None) == ""
 
 
 def test_gradio_serves_the_page(page: SimpleNamespace) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ from lib_ipadapter.masks import TEMPLATES
 from lib_ipadapter.units import (
     FOREIGN_NAMES,
     FORMULATIONS,
+    HIRES,
     MIDDLE,
+    MIXTURES,
     NO_MASK,
+    NOISES,
+    PICTURES,
     PREPARATIONS,
     SCHEMA_VERSION,
     TIMINGS,
@@ -30,6 +35,8 @@ from lib_ipadapter.units import (
     Unit,
     parse_script_args,
 )
+from tests.curve_points import curve_texts
+from tests.layer_texts import layer_texts
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 SHA256 = "0123456789abcdef" * 4
@@ -45,6 +52,9 @@ sources = st.one_of(
     any_text.filter(str.strip).map(lambda text: {"data": text}),
     st.text("0123456789abcdef", min_size=64, max_size=64).map(lambda text: {"sha256": text}),
 )
+names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
+    lambda text: unicodedata.normalize("NFC", text) == text
+)
 crops = st.just(MIDDLE) | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(1, 10))
 mask_refs = st.just(NO_MASK) | st.builds(
     lambda source, feather, invert: MaskRef(**source, feather=feather, invert=invert),
@@ -58,17 +68,43 @@ image_refs = st.builds(
     st.just(1.0) | st.floats(-5, 5),
     crops,
     mask_refs,
-)
+) | st.builds(ImageRef, saved=names, weight=st.floats(-5, 5))
+
+
+@st.composite
+def mixing(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields about several pictures that are allowed together, ``uncond`` being "auto"."""
+    images = tuple(draw(st.lists(image_refs, max_size=3)))
+    pictures = draw(st.sampled_from(PICTURES))
+    mixture = draw(st.sampled_from(MIXTURES)) if pictures == "together" else "concat"
+    if mixture != "concat":
+        images = tuple(dataclasses.replace(ref, mask=NO_MASK) for ref in images)
+    negatives = tuple(
+        dataclasses.replace(ref, mask=NO_MASK) for ref in draw(st.lists(image_refs, max_size=max(1, len(images))))
+    )
+    noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*images, *negatives)) else "none"
+    return {
+        "images": images,
+        "mixture": mixture,
+        "pictures": pictures,
+        "balance": draw(st.booleans()),
+        "negative_images": negatives,
+        "noise": noise,
+        "noise_strength": draw(st.floats(0, 1)),
+        "uncond_weight": draw(st.floats(-5, 5)),
+    }
 
 
 @st.composite
 def units(draw: st.DrawFn) -> Unit:
     start, stop = sorted(draw(st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True)))
-    uncond = draw(st.sampled_from(UNCONDS))
+    mixed = draw(mixing())
+    has_negatives = mixed["negative_images"] or mixed["noise"] != "none"
+    uncond = "auto" if has_negatives else draw(st.sampled_from(UNCONDS))
     return Unit(
         enabled=draw(st.booleans()),
         model=draw(any_text),
-        images=tuple(draw(st.lists(image_refs, max_size=3))),
+        **mixed,
         weight=draw(st.floats(-5, 5)),
         start=start,
         stop=stop,
@@ -77,6 +113,13 @@ def units(draw: st.DrawFn) -> Unit:
         negative=draw(any_text.filter(bool)) if uncond == "file" else "",
         preparation=draw(st.sampled_from(PREPARATIONS)),
         timing=draw(st.sampled_from(TIMINGS)),
+        curve=draw(curve_texts),
+        hires_curve=draw(curve_texts),
+        hires=draw(st.sampled_from(HIRES)),
+        hires_scale=draw(st.floats(0, 5)),
+        nested=draw(st.booleans()),
+        layers=draw(layer_texts),
+        composition_weight=draw(st.none() | st.floats(-5, 5)),
         mask=draw(mask_refs),
     )
 
@@ -128,6 +171,20 @@ def test_the_defaults_are_the_schema_s() -> None:
         "negative": "",
         "preparation": "crop",
         "timing": "noise",
+        "curve": "",
+        "hires_curve": "",
+        "hires": "same",
+        "hires_scale": 0.5,
+        "nested": True,
+        "layers": "all",
+        "composition_weight": None,
+        "mixture": "concat",
+        "pictures": "together",
+        "balance": False,
+        "negative_images": (),
+        "noise": "none",
+        "noise_strength": 1.0,
+        "uncond_weight": 1.0,
         "mask": dataclasses.asdict(NO_MASK),
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
@@ -226,6 +283,17 @@ def test_masks_of_units_and_pictures(given_value: Any, wanted: MaskRef, written:
 def test_wrong_masks(given_value: Any, words: str, of_picture: bool) -> None:
     values = {"images": [{"data": PICTURE, "mask": given_value}]} if of_picture else {"mask": given_value}
     assert words in sentence_of(Unit.from_json, values)
+
+
+def test_masks_and_mixtures() -> None:
+    left, right = (ImageRef(data=PICTURE, mask=MaskRef(template=name)) for name in ("left half", "right half"))
+    Unit(images=(left, right))
+    Unit(images=(left, left), mixture="average", mask=MaskRef(template="top half"))
+    Unit(images=(left, dataclasses.replace(right, weight=0)), mixture="average")
+    with pytest.raises(IPAdapterError, match='"mixture" is "average", which makes one of all pictures'):
+        Unit(images=(left, right), mixture="average")
+    with pytest.raises(IPAdapterError, match='"negative_images" has a picture with a mask'):
+        Unit(images=(left,), negative_images=(right,))
 
 
 def test_pictures_that_take_part() -> None:

@@ -27,7 +27,7 @@ class Watch:
         self.opened: list[str] = []
         self.decoded = self.runs = 0
         sys.addaudithook(self._audit)
-        for name in ("sd_image_prompt.preparer", "sd_image_prompt.references"):
+        for name in ("sd_image_prompt.gathering", "sd_image_prompt.references"):
             module = sys.modules[name]
             read = module.read_picture  # type: ignore[attr-defined]
             monkeypatch.setattr(module, "read_picture", lambda source, read=read: self._decode(read, source))
@@ -121,7 +121,7 @@ def test_the_setting_says_what_is_kept(host: Host, watch: Watch, monkeypatch: py
         opened, decoded, runs = watch.take()
         assert opened
         assert (decoded, runs) == (1, 2)
-    assert not sys.modules["sd_image_prompt"].live_session._preparer._kept._values  # type: ignore[attr-defined]
+    assert not sys.modules["sd_image_prompt"].live_session._preparer.kept._values  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("stop", [1.0, 0.6])

@@ -33,33 +33,17 @@ class VersionSet:
     first_torch: tuple[int, int] = (2, 1)
 
 
+def pins_of(lock: Path) -> tuple[str, ...]:
+    """The pins of a lock file, without its comments."""
+    lines = (line.strip() for line in lock.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+GRADIO_3 = VersionSet(pins_of(ROOT / "tests" / "requirements-gradio3.lock"), 50)
+"""Beside which the embedded host runs with its page: diffusers refuses the oldest safetensors."""
+
 SETS = {
-    # What AUTOMATIC1111 1.10 and the hosts of its line ship. On a Python newer than theirs, the first Pillow for it.
-    "oldest": VersionSet(
-        (
-            "numpy==1.26.2",
-            "pillow==9.5.0 ; python_version < '3.12'",
-            "pillow==10.1.0 ; python_version >= '3.12'",
-            "safetensors==0.4.2",
-            "gradio==3.41.2",
-            "pydantic==1.10.15",
-            "fastapi==0.94.0",
-            # and what these need and the environment has newer, or not at all
-            "gradio-client==0.5.0",
-            "starlette==0.26.1",
-            "websockets==11.0.3",
-            "altair==4.2.2",
-            "attrs==26.1.0",
-            "entrypoints==0.4.2",
-            "jsonschema==4.17.3",
-            "pyrsistent==0.20.0",
-            "toolz==1.2.0",
-            "linkify-it-py==2.2.0",
-            "uc-micro-py==2.0.0",
-            "mdit-py-plugins==0.7.0",
-        ),
-        50,
-    ),
+    "oldest": VersionSet((*GRADIO_3.pins, "safetensors==0.4.2"), 50),
     # Newer than any host ships, so that a host's next step finds us ready; of gradio the last 4.
     "newest": VersionSet(
         (
@@ -85,13 +69,13 @@ SETS = {
 }
 
 
-def made(name: str, folder: Path) -> Path:
+def made(name: str, folder: Path, wanted: VersionSet | None = None) -> Path:
     """The folder of a set, filled if that wasn't done before.
 
     Raises:
         RuntimeError: if pip couldn't; the sentence says so.
     """
-    wanted = SETS[name]
+    wanted = wanted or SETS[name]
     stamp, text = folder / "made-from.txt", "\n".join((platform.python_version(), *wanted.pins))
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == text:
         return folder
@@ -106,6 +90,11 @@ def made(name: str, folder: Path) -> Path:
         )
     stamp.write_text(text, encoding="utf-8")
     return folder
+
+
+def made_gradio_3() -> Path:
+    """The folder of :data:`GRADIO_3`, for the tests of the page."""
+    return made("gradio 3", Path(sys.prefix, "version-sets", "gradio3"), GRADIO_3)
 
 
 def smoke(folder: Path | None) -> dict[str, Any]:
@@ -167,6 +156,7 @@ def main() -> int:
             versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
             print(f"{name} ({versions}): {' '.join(said) or 'everything is the same.'}", flush=True)
             failed = failed or bool(said)
+        made_gradio_3()  # now, when what it downloads is seen, and not in the middle of the tests
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,8 +7,8 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -20,14 +20,14 @@ from ..errors import IPAdapterError
 from ..injection import Injection
 from ..layout import KEYS, VALUES
 from ..masks import Region
-from ..plan import Plan
+from ..plan import LayeredPlan, Plan
 from ..progress import Progress, executed, known, progress_of_timestep
-from ..rows import COND, Call
-from ..texts import roles_by_text, step_texts
+from ..rows import COND, Call, items_in_order
+from ..texts import parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import drawn_region, fail, wrap_sampler
+from .job import drawn_region, fail, is_nested, queue, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -54,6 +54,10 @@ class A1111Host(ModelFolders):
         if device.type != "cpu" and lowvram.is_enabled(import_module("modules.shared").sd_model):
             lowvram.send_everything_to_cpu()
         return on_device(module, device, dtype, function, devices.torch_gc)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """See :class:`.base.Host`."""
+        return queue()
 
     # The UNet
 
@@ -97,7 +101,8 @@ class A1111Host(ModelFolders):
     def on_step(self, params: Any) -> None:
         """See :class:`.base.Host`. UNet calls consume the step's rows in order: all cond rows, then all uncond rows."""
         if self._hooks is not None:
-            self._hooks.begin_step(step_texts(params), executed(params))
+            parts = parts_of_items(params) if self._hooks.asks_items else ()
+            self._hooks.begin_step(step_texts(params), executed(params), parts)
 
     # The job
 
@@ -125,6 +130,10 @@ class A1111Host(ModelFolders):
         """See :class:`.base.Host`. The page shows exceptions here."""
         return False
 
+    def is_nested(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return is_nested(p)
+
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
         p.comment(message)
@@ -137,10 +146,13 @@ class _Hooks:
         self._injection = injection
         self._texts: Mapping[int, Tensor] = {}
         self._roles: tuple[int, ...] = ()
+        self._items: tuple[int, ...] = ()
+        self.asks_items = injection.asks_items
+        """Whether it has to be known which item of the batch a row belongs to."""
         self._cursor = 0
         self._executed: float | None = None
         self._call: Call | None = None
-        self._plan: Plan | None = None
+        self._plan: Plan | LayeredPlan | None = None
         self._q: dict[int, Tensor] = {}
         self._k: dict[int, Tensor] = {}
         self._text_tokens = 0
@@ -150,10 +162,15 @@ class _Hooks:
         for number, key in enumerate(info.keys):
             self._hook_layer(number, layers[key])
 
-    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None) -> None:
-        """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`."""
+    def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None, parts: Sequence[int] = ()) -> None:
+        """Before a step's UNet calls: the texts of all its rows by role, cond first; see :class:`..rows.Call`.
+
+        ``parts``: of each item of the batch, the parts of its prompt, if the items of rows have to be known.
+        """
         self._texts, self._cursor, self._executed = texts, 0, executed
         self._roles = tuple(role for role, text in texts.items() for _ in range(text.shape[0]))
+        if self.asks_items:
+            self._items = tuple(item for each in items_in_order(tuple(texts), parts).values() for item in each)
 
     def remove(self) -> None:
         """Takes every hook out."""
@@ -169,6 +186,7 @@ class _Hooks:
         rows = int(x.shape[0])
         context = args[2] if len(args) > 2 else kwargs["context"]
         roles = self._roles[self._cursor : self._cursor + rows]
+        items = self._items_of(rows) if self.asks_items else None
         if len(roles) != rows:  # another extension calls the UNet once more than the step
             roles = roles_by_text(context, self._texts, self._roles if rows == len(self._roles) else ())
         else:
@@ -181,10 +199,23 @@ class _Hooks:
         # Found out here if at all: the device has less to do before the UNet's first layers are launched than after.
         progress = known(progress) if self._injection.asks_progress else progress
         latent = (int(x.shape[-2]), int(x.shape[-1]))
-        self._call = Call(roles, progress, executed=self._executed, latent=latent)
+        self._call = Call(roles, progress, executed=self._executed, items=items, latent=latent)
         self._plan = None
 
-    def _current(self, text: Tensor) -> Plan:
+    def _items_of(self, rows: int) -> tuple[int, ...] | None:
+        """The item of every row of the UNet call that begins, before its rows are counted; None: it can't be told.
+
+        Calls beyond the step's own repeat all of its rows, or have one row for each item.
+        """
+        items = self._items[self._cursor : self._cursor + rows]
+        batch = len(set(self._items))
+        if len(items) == rows and len(self._items) == len(self._roles):
+            return items
+        if rows == len(self._items) == len(self._roles):
+            return self._items
+        return tuple(range(batch)) if rows == batch else None
+
+    def _current(self, layer: int, text: Tensor) -> Plan:
         """The plan of this UNet call, for a layer whose projected text is ``text [R, M, C]``."""
         rows = len(self._call.roles) if self._call is not None else 0
         if self._call is None or text.shape[0] != rows:
@@ -194,24 +225,25 @@ class _Hooks:
             )
         if self._plan is None:
             self._plan = self._injection.plan(self._call, text.shape[1], text.device, text.dtype)
-        return self._plan
+        return self._plan.at(layer)
 
     def _hook_layer(self, layer: int, attn2: Any) -> None:
         def after_q(module: nn.Module, args: Any, q: Tensor) -> None:
             self._q[layer] = q
 
         def after_k(module: nn.Module, args: Any, k: Tensor) -> Tensor | None:
-            plan = self._current(k)
+            plan = self._current(layer, k)
             if plan.joined and not plan.uniform:
                 self._k[layer] = k
             return plan.extended(layer, KEYS, k)[0][0] if plan.uniform else None
 
         def after_v(module: nn.Module, args: Any, v: Tensor) -> Tensor | None:
-            plan = self._current(v)
+            plan = self._current(layer, v)
             return plan.extended(layer, VALUES, v)[0][0] if plan.uniform else None
 
         def before_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            q, plan = self._q.pop(layer), self._plan
+            q = self._q.pop(layer)
+            plan = None if self._plan is None else self._plan.at(layer)
             if plan is None or plan.idle or (plan.uniform and not plan.added):
                 return None
             out = args[0]

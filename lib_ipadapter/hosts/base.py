@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -49,6 +50,9 @@ class Host(Protocol):
     def run(self, module: nn.Module, function: Callable[[torch.device, torch.dtype], T]) -> T:
         """A :class:`..encoding.Runner` under the host's memory rules; the module is off the device afterwards."""
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """While this is entered, no generation runs: the device is the caller's."""
+
     def unet_info(self, p: Any) -> UNetInfo:
         """The UNet that ``p`` will sample with now.
 
@@ -89,3 +93,6 @@ class Host(Protocol):
 
     def comment(self, p: Any, message: str) -> None:
         """Shows a sentence under the gallery; the job goes on."""
+
+    def is_nested(self, p: Any) -> bool:
+        """Whether an extension started ``p`` inside another job, as face detailers do."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
@@ -20,12 +21,12 @@ from ..masks import Region
 from ..plan import Attention
 from ..progress import SigmaSchedule, executed, scaled_linear_schedule
 from ..resident import bytes_there
-from ..rows import COND, UNCOND, Call, roles_of_rows
-from ..texts import roles_by_text, step_texts
+from ..rows import COND, UNCOND, Call, items_in_order, items_of_rows, roles_of_rows
+from ..texts import known_parts, parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import drawn_region, fail, is_inside_another, skip_sampling, wrap_sampler
+from .job import drawn_region, fail, is_inside_another, is_nested, queue, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class ComfyHost(ModelFolders):
         self._schedule = scaled_linear_schedule
         """The model's, read off the device when it is first asked for."""
         self._asks_progress = False
+        self._asks_items = False
         self._placed: Mapping[tuple[Any, ...], Any] = {}
         """All replacements as our last attaching left them."""
 
@@ -81,6 +83,10 @@ class ComfyHost(ModelFolders):
             memory.free_memory(bytes_there(module, dtype) * 1.2 + WORKING_MEMORY, device)
         return on_device(module, device, dtype, function, memory.soft_empty_cache)
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """See :class:`.base.Host`."""
+        return queue()
+
     # The UNet
 
     def unet_info(self, p: Any) -> UNetInfo:
@@ -94,7 +100,7 @@ class ComfyHost(ModelFolders):
         injection.to(info.device, info.dtype)
         predictor: Any = getattr(unet.model, "predictor", None) or unet.model.model_sampling
         self._schedule = cache(lambda: SigmaSchedule(predictor.sigmas.tolist()))
-        self._asks_progress = injection.asks_progress
+        self._asks_progress, self._asks_items = injection.asks_progress, injection.asks_items
         current = CurrentPlan(
             injection,
             lambda extra_options: extra_options["sigmas"],
@@ -146,6 +152,8 @@ class ComfyHost(ModelFolders):
         texts, sigmas = step_texts(params), params.sigma
         progress = self._progress(sigmas) if self._asks_progress else None
         self._step = _Step(texts, {COND: _and_parts(params), UNCOND: 1}, sigmas, progress, executed(params))
+        if self._asks_items:
+            self._step.items = items_in_order(tuple(texts), parts_of_items(params))
 
     def _reader(self, diffusion_model: nn.Module, keys: Sequence[LayerKey]) -> ReadCall:
         # It holds no patcher, whose options hold it: in a ring, a job's K/V would wait for the garbage collector.
@@ -153,12 +161,16 @@ class ComfyHost(ModelFolders):
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
             chunks = extra_options["cond_or_uncond"]
+            images = int(sigmas.shape[0])
             unet_rows, *_, rows, columns = map(int, extra_options["original_shape"])
-            roles = roles_of_rows(chunks, sigmas.shape[0], q.shape[0], unet_rows)
-            tiles = max(1, unet_rows // max(1, len(chunks) * sigmas.shape[0]))
+            roles = roles_of_rows(chunks, images, q.shape[0], unet_rows)
+            tiles = max(1, unet_rows // max(1, len(chunks) * images))
             step = self._step
             if layer == first_layer:
                 step.count(chunks)
+            items = None
+            if self._asks_items:
+                items = step.items_of(chunks, images, q.shape[0], unet_rows)
             if step.beyond and len(set(chunks)) == 1 and step.texts:
                 to_k: Any = dict(cross_attention(diffusion_model))[keys[layer]].to_k
                 texts = {role: to_k(text.to(k.device, k.dtype)) for role, text in step.texts.items()}
@@ -166,7 +178,7 @@ class ComfyHost(ModelFolders):
             # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
             known = step.progress if sigmas is step.sigmas else None
             progress = (lambda: self._progress(sigmas)) if known is None else known
-            return Call(roles, progress, step.text_tokens, step.executed, (rows, columns), tiles)
+            return Call(roles, progress, step.text_tokens, step.executed, items, (rows, columns), tiles)
 
         return read
 
@@ -218,6 +230,10 @@ class ComfyHost(ModelFolders):
         unet = _unet(p).clone()
         unet.model_options = {**unet.model_options, "model_function_wrapper": raiser}
         p.sd_model.forge_objects.unet = unet
+
+    def is_nested(self, p: Any) -> bool:
+        """See :class:`.base.Host`."""
+        return is_nested(p)
 
     def comment(self, p: Any, message: str) -> None:
         """See :class:`.base.Host`."""
@@ -302,9 +318,9 @@ def _chained(
 
 def _and_parts(params: Any) -> int:
     """Cond chunks of a step: pictures with fewer AND parts than others cut the others' short."""
-    cond: Any = getattr(params.denoiser.sampler, "sampler_extra_args", {}).get("cond")
-    if hasattr(cond, "batch"):
-        return min(len(parts) for parts in cond.batch)
+    parts = known_parts(params)
+    if parts:
+        return min(parts)
     return int(params.text_cond.shape[0]) // max(1, int(params.x.shape[0]))  # a sampler of another extension
 
 
@@ -322,6 +338,10 @@ class _Step:
     """What follows from them; None: it isn't asked for."""
     executed: float | None = None
     """See :class:`..rows.Call`."""
+    items: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """By role, the item of the batch that each row of the step belongs to, if that is asked for."""
+    past: dict[int, int] = field(default_factory=dict)
+    """Chunks of each role that the running call and those before it had."""
     beyond: bool = False
     """Whether the running call has more chunks of a role than that: another extension makes it, and may mislabel it."""
 
@@ -334,4 +354,23 @@ class _Step:
         """A UNet call begins."""
         for role in chunks:
             self.left[role] = self.left.get(role, 0) - 1
+            self.past[role] = self.past.get(role, 0) + 1
         self.beyond = any(self.left[role] < 0 for role in chunks)
+
+    def items_of(self, chunks: Sequence[int], images: int, rows: int, unet_rows: int) -> tuple[int, ...] | None:
+        """The item of every row of the running call; None where that can't be told.
+
+        Some samplers describe a call row by row, as chunks of one row; these come in the order of the step's rows.
+        """
+        batch = len(self.items.get(UNCOND, self.items.get(COND, ())))
+        if images > 1 or len(set(self.items.get(COND, ()))) <= 1 or not batch:
+            return items_of_rows(chunks, images, rows, unet_rows)
+        start = {role: self.past[role] - list(chunks).count(role) for role in set(chunks)}
+        found = []
+        for place, role in enumerate(chunks):
+            number = start[role] + list(chunks[:place]).count(role)
+            of_role = self.items.get(role, ())
+            if rows != len(chunks) or number >= len(of_role):
+                return None
+            found.append(of_role[number])
+        return tuple(found)

@@ -14,6 +14,8 @@ class _Places:
 
     flags: tuple[str, ...]
     """Command-line flags whose folders are searched first: ours from ``preload.py``, then those of ControlNet."""
+    own_setting: str
+    """Our setting with folders, one a line."""
     settings: tuple[str, ...]
     """Settings of AUTOMATIC1111's ControlNet extension that name a folder."""
     models: tuple[str, ...]
@@ -24,6 +26,7 @@ class _Places:
 
 ADAPTERS = _Places(
     flags=("ip_adapter_models_path", "controlnet_dir"),
+    own_setting="ip_adapter_models_folders",
     settings=("control_net_models_path",),
     models=("ipadapter", "IP-Adapter", "ControlNet", "controlnet"),
     extension="models",
@@ -35,6 +38,7 @@ ENCODERS = _Places(
         "controlnet_annotator_models_path",
         "controlnet_dir",
     ),
+    own_setting="ip_adapter_encoders_folders",
     settings=("control_net_modules_path",),
     models=("clip_vision", "ControlNetPreprocessor", "ControlNet", "controlnet"),
     extension="annotator/downloads/clip_vision",
@@ -59,8 +63,10 @@ def _folders(places: _Places) -> list[Path]:
     paths: Any = import_module("modules.paths")
     models = Path(paths.models_path)
     extensions = Path(getattr(paths, "extensions_dir", models.parent / "extensions"))
+    own = getattr(shared.opts, places.own_setting, "")
     candidates = [
         *(Path(value) for flag in places.flags if (value := getattr(shared.cmd_opts, flag, None))),
+        *(Path(line.strip()) for line in str(own or "").splitlines() if line.strip()),
         *(Path(value) for name in places.settings if (value := getattr(shared.opts, name, None))),
         *(models / name for name in places.models),
         extensions / CONTROLNET_EXTENSION / places.extension,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -15,6 +16,12 @@ from ..errors import ERROR_KEY, IPAdapterError
 from ..masks import PIXELS, WHOLE, Region
 
 SAMPLE_METHODS = ("sample", "sample_img2img")
+
+
+def queue() -> AbstractContextManager[Any]:
+    """The lock that the page's and the API's jobs wait for."""
+    lock: AbstractContextManager[Any] = import_module("modules.call_queue").queue_lock
+    return lock
 
 
 def was_stopped() -> bool:
@@ -146,15 +153,24 @@ def tell_outer_jobs(p: Any, message: str) -> None:
         p.extra_generation_params[ERROR_KEY] = message  # an X/Y/Z grid takes its parameters from its first cell
 
 
+def is_nested(p: Any) -> bool:
+    """Whether ``p`` was started by a hook of another job. A cell of X/Y/Z plot, say, isn't: it is a job by itself."""
+    return _is_below(p, ("process_images_inner",))
+
+
 def is_inside_another(p: Any) -> bool:
     """Whether ``p`` was started by another job, in a script's hook, or by a selectable script such as X/Y/Z plot.
 
     These go on when ``p`` raises, or have no use for a job without pictures.
     """
+    return _is_below(p, ("process_images_inner", "run"))
+
+
+def _is_below(p: Any, functions: tuple[str, ...]) -> bool:
+    """Whether ``p`` was started, however far below, in one of these functions that have a job ``p`` of their own."""
     processing: Any = import_module("modules.processing")
     return any(
-        frame.f_code.co_name in ("process_images_inner", "run")
-        and isinstance(frame.f_locals.get("p"), processing.StableDiffusionProcessing)
+        frame.f_code.co_name in functions and isinstance(frame.f_locals.get("p"), processing.StableDiffusionProcessing)
         for frame in _outer_frames(p)
     )
 

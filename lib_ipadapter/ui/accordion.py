@@ -48,6 +48,12 @@ class FileLists(Protocol):
     def describe(self, name: str) -> str:
         """What the adapter of this name is, in words; '' if there is none."""
 
+    def misfit(self, name: str) -> str:
+        """Why the adapter of this name can't act in the loaded checkpoint; '' if it can."""
+
+    def applies(self, name: str) -> dict[str, Any]:
+        """What applies to a unit with the adapter of this name, see :mod:`..applies`."""
+
     def negatives(self) -> list[str]:
         """Names of the negative files."""
 
@@ -76,6 +82,7 @@ def build(
     downloads: Downloads | None = None,
     shown: int = VISIBLE_UNITS,
     start_with: Mapping[str, Any] | None = None,
+    progress_of_pass: Callable[[str, str, int], list[float] | None] = lambda *_: None,
 ) -> list[Any]:
     """Build the accordion in the gradio context at hand and return the script's argument components.
 
@@ -86,13 +93,16 @@ def build(
         tool_button: the WebUI's small button.
         downloads: gets models; the page has no 'Get models' without it.
         shown: how many units have a tab.
+        progress_of_pass: progress of every step by names of sampler and scheduler and number of steps, where the WebUI
+            tells it.
         start_with: what the controls of a new unit begin with where it isn't the schema's default.
 
     Returns:
         The checkbox, then :data:`~lib_ipadapter.units.UNIT_SLOTS` hidden text boxes. Nothing outside them
         remembers the call, which hosts make several times under blocks that they throw away.
     """
-    names, negatives = files.choices(False), files.negatives()
+    names = files.choices(False)
+    negatives = files.applies(names[0][1] if names else "")["files"]["negative"]
     default = Unit()
     with suppress(IPAdapterError):  # a setting that was edited by hand must not cost the page its accordion
         default = replace(default, **(start_with or {}))
@@ -101,6 +111,7 @@ def build(
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
         paste_note = gr.HTML("", elem_id=elem_id(PASTE_NOTE))
         setattr(accordion, PASTE_NOTE, paste_note)
+        built = []
         with gr.Tabs(elem_id=elem_id("units")):
             for number, slot in enumerate(slots[: min(max(shown, 1), UNIT_SLOTS)], 1):
                 with gr.Tab(f"Unit {number}", elem_id=elem_id(f"unit_{number}"), elem_classes=["ip-adapter-unit"]):
@@ -113,7 +124,12 @@ def build(
                         tool_button,
                         default,
                     )
-                    _connect_lists(files, unit)
+                    built.append(unit)
+        for number, slot in enumerate(slots[len(built) :], len(built) + 1):
+            note = f"(text) => ipAdapter.unseen({json.dumps(elem_id(f'slot_{number}'))}, text)"
+            slot.change(fn=None, inputs=[slot], outputs=[], **_QUIET, **{_JS: note})
+        _connect_lists(files, built, elem_id)
+        _connect_schedule(progress_of_pass, elem_id)
         _build_kept(elem_id)
         if downloads is not None:
             _build_downloads(downloads, elem_id)
@@ -126,10 +142,12 @@ def build(
 class _Lists:
     """The components of one unit that list files."""
 
+    slot: Any
     refresh: Any
     everything: Any
     model: Any
     kind: Any
+    facts: Any
     negative: Any
 
 
@@ -143,24 +161,21 @@ def _build_unit(
     default: Unit,
 ) -> _Lists:
     hashes, forget = _hidden("Pictures", elem_id("hashes")), _hidden("Forget", elem_id("forget"))
-    incoming, added, previews = (_hidden(name, elem_id(name)) for name in ("incoming", "added", "previews"))
+    names_of_hidden = ("incoming", "added", "previews", "facts")
+    incoming, added, previews, facts = (_hidden(name, elem_id(name)) for name in names_of_hidden)
     with gr.Row(elem_classes=["ip-adapter-top"]):
-        uploaded = gr.File(
-            label="Add pictures",
-            file_count="multiple",
-            file_types=["image"],
-            elem_id=elem_id("files"),
-            height=130,
-            scale=0,
-            min_width=150,
+        # No gr.File: gradio 3.41 drops an upload during which the page updates anything else.
+        gr.HTML(
+            f'<label class="ip-adapter-drop" id="{elem_id("files")}"><input type="file" accept="image/*" multiple>'
+            f'Add pictures: click, drop or paste</label><div class="ip-adapter-list" id="{elem_id("list")}"></div>',
+            elem_classes=["ip-adapter-pictures"],
         )
-        gr.HTML(f'<div class="ip-adapter-list" id="{elem_id("list")}"></div>', elem_classes=["ip-adapter-pictures"])
     upload_note = gr.HTML(elem_id=elem_id("upload_note"))
     with gr.Row():
         model = gr.Dropdown(
             label="Model",
             info="Adapters that fit the loaded checkpoint.",
-            choices=list(names),
+            choices=_choices(names),
             value=names[0][1] if names else None,
             allow_custom_value=True,  # a pasted name that isn't there stays, and is said to be missing
             elem_id=elem_id("model"),
@@ -239,22 +254,21 @@ def _build_unit(
                 value=default.preparation,
                 elem_id=elem_id("preparation"),
             )
-        with gr.Row():
-            uncond = gr.Dropdown(
-                label="Uncond",
-                info="What the negative side gets in place of the picture.",
-                choices=list(UNCONDS),
-                value=default.uncond,
-                elem_id=elem_id("uncond"),
-            )
-            negative = gr.Dropdown(
-                label="Negative file",
-                info="The file of image tokens for the negative side.",
-                choices=negatives,
-                value=negatives[0] if negatives else None,
-                allow_custom_value=True,
-                elem_id=elem_id("negative"),
-            )
+        uncond = gr.Radio(
+            label="Uncond",
+            info="What the negative side gets in place of the picture.",
+            choices=list(UNCONDS),
+            value=default.uncond,
+            elem_id=elem_id("uncond"),
+        )
+        negative = gr.Dropdown(
+            label="Negative file",
+            info="The file of image tokens for the negative side.",
+            choices=negatives,
+            value=negatives[0] if negatives else None,
+            allow_custom_value=True,
+            elem_id=elem_id("negative"),
+        )
         everything = gr.Checkbox(
             label="Show all models",
             info="Also those that don't fit the loaded checkpoint.",
@@ -269,7 +283,7 @@ def _build_unit(
     script = f"(...args) => ipAdapter.write({own}, {json.dumps(INTENTS)}, args)"
     for control in controls:
         control.change(fn=None, inputs=[*controls, slot], outputs=[slot, intent], **_QUIET, **{_JS: script})
-    for each in (*controls, uploaded, intent, everything):
+    for each in (*controls, intent, everything):
         # The labels are too common to be keys in the host's file of saved defaults.
         each.do_not_save_to_config = True
     follow = f"(slot, ...controls) => ipAdapter.follow({own}, slot, controls.slice(0, {len(controls)}))"
@@ -278,13 +292,7 @@ def _build_unit(
     fields = [weight, start, stop, formulation, uncond, preparation]
     intent.input(fn=None, inputs=[intent, *fields], outputs=fields, **_QUIET, **{_JS: choose})
 
-    uploaded.upload(
-        fn=lambda files: (*handlers.keep_files(files), None),
-        inputs=[uploaded],
-        outputs=[added, upload_note, uploaded],
-        **_QUIET,
-    )
-    incoming.change(fn=handlers.keep_text, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
+    incoming.change(fn=handlers.keep, inputs=[incoming], outputs=[added, upload_note], **_QUIET)
     forget.change(fn=handlers.forget, inputs=[forget], outputs=[upload_note], **_QUIET)
     join = f"(text) => ipAdapter.join({own}, text)"
     added.change(fn=None, inputs=[added], outputs=[], **_QUIET, **{_JS: join})
@@ -292,8 +300,10 @@ def _build_unit(
         control.change(fn=handlers.preview, inputs=[hashes, preparation], outputs=[previews], **_QUIET)
     draw = f"(text, ...controls) => ipAdapter.previews({own}, text, controls)"
     previews.change(fn=None, inputs=[previews, *controls], outputs=[], **_QUIET, **{_JS: draw})
+    apply = f"(facts, ...controls) => ipAdapter.apply({own}, controls)"
+    facts.change(fn=None, inputs=[facts, *controls], outputs=[], **_QUIET, **{_JS: apply})
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
-    return _Lists(refresh, everything, model, kind, negative)
+    return _Lists(slot, refresh, everything, model, kind, facts, negative)
 
 
 def _build_kept(elem_id: Callable[[str], str]) -> None:
@@ -345,19 +355,67 @@ def _build_downloads(downloads: Downloads, elem_id: Callable[[str], str]) -> Non
         event.then(fn=None, inputs=[], outputs=[], **_QUIET, **{_JS: poll})
 
 
-def _connect_lists(files: FileLists, unit: _Lists) -> None:
-    def read(everything: bool) -> tuple[Any, Any]:
-        return gr.update(choices=files.choices(everything)), gr.update(choices=files.negatives())
+def _connect_lists(files: FileLists, units: Sequence[_Lists], elem_id: Callable[[str], str]) -> None:
+    """Model and what hangs on it, by a unit's own buttons, and when the page asks whether the checkpoint is another."""
 
-    def describe(name: str | None) -> str:
+    def describe(name: str) -> str:
         if name and name not in files.adapters():
             return handlers.note(f"There is no model {name} here now: choose another, or put it into its folder.")
-        return handlers.remark(files.describe(name or ""))
+        misfit = files.misfit(name)
+        return handlers.note(misfit) if misfit else handlers.remark(files.describe(name))
 
-    unit.kind.value = describe(unit.model.value)
-    unit.model.change(fn=describe, inputs=[unit.model], outputs=[unit.kind], **_QUIET)
-    for event in (unit.refresh.click, unit.everything.change):
-        event(fn=read, inputs=[unit.everything], outputs=[unit.model, unit.negative], **_QUIET)
+    def chosen(label: str | None, negative: str | None, slot: str) -> tuple[Any, ...]:
+        name = handlers.model_name(label)
+        facts = files.applies(name)
+        listed = facts["files"]["negative"]
+        # What a unit was given stays, also where it doesn't fit: the job says so.
+        stays = negative in listed or not listed or handlers.has_file(slot)
+        return describe(name), json.dumps(facts), gr.update(choices=listed, **({} if stays else {"value": listed[0]}))
+
+    def read(everything: bool, name: str | None, negative: str | None, slot: str) -> tuple[Any, ...]:
+        return gr.update(choices=_choices(files.choices(everything))), *chosen(name, negative, slot)
+
+    def look(_: str, seen: str, *values: Any) -> tuple[Any, ...]:
+        now = handlers.digest([files.choices(True), files.choices(False), files.negatives()])
+        if now == seen:
+            return seen, *(gr.update() for _ in range(4 * len(units)))
+        updates: list[Any] = []
+        for n in range(0, len(values), 4):
+            everything, label, negative, slot = values[n : n + 4]
+            choices = files.choices(everything)
+            fitting = [name for _, name in files.choices(False)]
+            # A unit without pictures has no model yet that somebody wants.
+            other = fitting[0] if fitting and handlers.model_name(label) not in fitting and not slot else label
+            updates += [gr.update(choices=_choices(choices), value=other), *chosen(other, negative, slot)]
+        return now, *updates
+
+    for unit in units:
+        name = unit.model.value or ""
+        unit.kind.value, unit.facts.value = describe(name), json.dumps(files.applies(name))
+        inputs, outputs = [unit.model, unit.negative, unit.slot], [unit.kind, unit.facts, unit.negative]
+        unit.model.change(fn=chosen, inputs=inputs, outputs=outputs, **_QUIET)
+        for event in (unit.refresh.click, unit.everything.change):
+            event(fn=read, inputs=[unit.everything, *inputs], outputs=[unit.model, *outputs], **_QUIET)
+    wish, seen = _hidden("Look", elem_id("look")), _hidden("Seen", elem_id("seen"))
+    seen.value = handlers.digest([files.choices(True), files.choices(False), files.negatives()])
+    inputs = [each for unit in units for each in (unit.everything, unit.model, unit.negative, unit.slot)]
+    outputs = [each for unit in units for each in (unit.model, unit.kind, unit.facts, unit.negative)]
+    wish.change(fn=look, inputs=[wish, seen, *inputs], outputs=[seen, *outputs], **_QUIET)
+
+
+def _connect_schedule(
+    progress_of_pass: Callable[[str, str, int], list[float] | None], elem_id: Callable[[str], str]
+) -> None:
+    """The page asks which steps a pass has when the controls of that, which are the host's, have other values."""
+    asked, told = _hidden("Schedule wanted", elem_id("schedule_wanted")), _hidden("Schedule", elem_id("schedule"))
+    asked.change(fn=lambda text: handlers.schedule(text, progress_of_pass), inputs=[asked], outputs=[told], **_QUIET)
+    script = f"(text) => ipAdapter.schedule({json.dumps(elem_id('accordion'))}, text)"
+    told.change(fn=None, inputs=[told], outputs=[], **_QUIET, **{_JS: script})
+
+
+def _choices(labelled: Sequence[tuple[str, str]]) -> list[Any]:
+    """A dropdown's choices: gradio 3 knows no labels beside the values, so there the label is the value."""
+    return [label if _GRADIO_3 else (label, name) for label, name in labelled]
 
 
 def _unit_id(elem_id: Callable[[str], str], number: int, name: str) -> str:

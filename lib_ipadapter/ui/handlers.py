@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from .. import pictures, references
 from ..errors import IPAdapterError
+from ..steps import SCHEDULERS, STEPS_RANGE, of_img2img, of_scheduler
 from ..units import ImageRef, Unit
 
 # Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
 
 
-def keep_files(files: Sequence[object] | None) -> tuple[str, str]:
-    """Keep uploaded picture files.
+def keep(sent: str | None) -> tuple[str, str]:
+    """Keep pictures that the page sent.
 
     Args:
-        files: what gradio's file component hands over: paths (gradio 4), or objects with the path in ``name``
-            (3).
+        sent: a JSON list of objects, ``name`` of the file and ``data``, a data URI; '' for none.
 
     Returns:
         What joins the unit's pictures, as JSON (see :func:`_added`), and a note. If one file is no picture,
         none is kept and the note names it: a unit never acts with fewer pictures than it was given.
     """
-    hashes = []
-    for file in files or ():
-        path = Path(str(getattr(file, "name", file)))
+    read: list[Image] = []
+    for file in json.loads(sent) if sent else ():
         try:
-            hashes.append(references.add(pictures.read_picture(path)))
+            read.append(pictures.read_picture(file["data"]))
         except IPAdapterError as error:
-            return _added([]), note(f"{os.path.basename(path)}: {error}")
-    return _added(hashes), ""
-
-
-def keep_text(text: str | None) -> tuple[str, str]:
-    """Keep a picture that the page sent as a data URI; returns as :func:`keep_files`."""
-    if not text:
-        return _added([]), ""
-    try:
-        return _added([references.add(pictures.read_picture(text))]), ""
-    except IPAdapterError as error:
-        return _added([]), note(str(error))
+            return _added([]), note(f"{os.path.basename(file['name'])}: {error}")
+    return _added([references.add(picture) for picture in read]), ""
 
 
 def _added(hashes: list[str]) -> str:
@@ -128,6 +118,55 @@ def check(slot: str) -> str:
     except IPAdapterError as error:
         return note(str(error))
     return ""
+
+
+_REASON = re.compile(r" \(doesn't fit: [^()]*\)$")
+
+
+def model_name(label: str | None) -> str:
+    """The name of a model in the list's label, which has the reason behind it where the model doesn't fit."""
+    return _REASON.sub("", label or "")
+
+
+def schedule(asked: str, progress_of_pass: Callable[[str, str, int], list[float] | None]) -> str:
+    """Progress of every step of the pass that the page's controls describe.
+
+    Args:
+        asked: JSON with ``sampler``, ``scheduler``, ``steps``, and ``strength`` for img2img.
+        progress_of_pass: what the WebUI's own tables say, None where they say nothing.
+
+    Returns:
+        JSON: ``asked``, ``progress``, and whether that is ``exact``; '' for what nobody can be asked.
+    """
+    try:
+        values = json.loads(asked)
+        sampler, scheduler, count = str(values["sampler"]), str(values["scheduler"]), int(values["steps"])
+        strength = values.get("strength")
+        if not STEPS_RANGE[0] <= count <= STEPS_RANGE[1]:
+            return ""
+        progress = progress_of_pass(sampler, scheduler, count)
+        exact = progress is not None
+        if progress is None:
+            name = scheduler.lower().replace(" ", "_")
+            progress = of_scheduler(name if name in SCHEDULERS else "uniform", count)
+        if strength is not None:
+            progress = of_img2img(progress, float(strength))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return json.dumps({"asked": asked, "progress": progress, "exact": exact})
+
+
+def has_file(slot: str) -> bool:
+    """Whether a unit's slot names a negative file."""
+    try:
+        return bool(Unit.from_json(slot).negative) if slot else False
+    except IPAdapterError:
+        return True  # what can't be read isn't changed
+
+
+def digest(listed: object) -> str:
+    """A short text that is another one when what the page lists has changed."""
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def remark(text: str) -> str:

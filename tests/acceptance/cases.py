@@ -55,6 +55,13 @@ def unit(adapter: str = "plus", **fields: Any) -> dict[str, Any]:
     return {"model": f"acceptance-{adapter}.safetensors", "images": [PHOTOGRAPH], **fields}
 
 
+def pair(**fields: Any) -> dict[str, Any]:
+    """A unit with two pictures, the second being the first upside down."""
+    picture = Image.open(io.BytesIO(base64.b64decode(PHOTOGRAPH)))
+    turned = encoded(picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    return unit(**fields) | {"images": [PHOTOGRAPH, turned]}
+
+
 ScriptArgs = Callable[[Server], list[Any]]
 
 
@@ -122,6 +129,18 @@ def sd15_cases(webui: WebUI) -> list[Case]:
         Case("plus, decoupled", units=(unit(formulation="decoupled"),)),
         Case("joint, no uncond", units=(unit(uncond="none"),)),
         Case("two units, negative weight", units=(unit(), unit("base", weight=-0.5))),
+        Case("style layers", units=(unit(layers="style"),)),
+        Case("style precise, joint", units=(unit(layers="style precise", composition_weight=0.5),)),
+        Case("K+mean(V) with penalty", units=(unit(formulation="K+mean(V) with penalty"),)),
+        Case("curve", {"steps": 4}, units=(unit(curve="0.2@0, 1@0.5, 0@0.9"),)),
+        Case(
+            "curve in steps, hires off",
+            {**hires, "steps": 4},
+            units=(unit(curve="1@0, 0.2@1", timing="steps", hires="off"),),
+        ),
+        Case("one picture per batch item", {"batch_size": 2}, units=(pair(pictures="one per batch item"),)),
+        Case("average, noise as negative", units=(pair(mixture="average", noise="shuffle"),)),
+        Case("balance of two pictures", units=(pair(balance=True),)),
         Case("batch of 2, count 2", {"batch_size": 2, "n_iter": 2}),
         Case("AND", {"prompt": "a lighthouse AND a ship :0.7", "batch_size": 2}),
         Case("long prompt", {"prompt": LONG}),

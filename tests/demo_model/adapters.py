@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lib_ipadapter.projections import DIM_HEAD, ImageProjModel, Resampler
 
 from .clip import VisionSizes
-from .unet import ImageKV, SpatialTransformer, UNet
+from .unet import ImageKV, UNet
 
 BASE_TOKENS, PLUS_TOKENS = 4, 16
 PLUS_DEPTH = 4
@@ -37,10 +37,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def begin_with(self, unet: UNet) -> None:
         """Start from the UNet's own keys and values, as the paper does (Ye et al., arXiv 2308.06721, §4.1)."""
-        blocks = [*unet.input_blocks, *unet.output_blocks, unet.middle_block]
-        layers = [layer for block in blocks for layer in block if isinstance(layer, SpatialTransformer)]
-        for own, layer in zip(self.ip_adapter.values(), layers, strict=True):
-            attention = layer.transformer_blocks[0].attn2
+        for own, attention in zip(self.ip_adapter.values(), unet.cross_attention(), strict=True):
             own.to_k_ip.weight.copy_(attention.to_k.weight)
             own.to_v_ip.weight.copy_(attention.to_v.weight)
 

@@ -68,13 +68,16 @@ def _table(rows: Sequence[Sequence[str]], device: torch.device) -> Tensor:
     return torch.tensor([[_numbers()[row[i % len(row)]] for i in range(longest)] for row in rows], device=device)
 
 
-def choose_phrases(scenes: Scenes, generator: torch.Generator, full: bool = False) -> Tensor:
+def choose_phrases(
+    scenes: Scenes, generator: torch.Generator, full: bool = False, like: Scenes | None = None
+) -> Tensor:
     """A caption of every scene: numbers of phrases, ``[B, slots]``.
 
     Args:
         scenes: what to describe; a caption never says what isn't there.
         generator: all depends on its state alone.
         full: name every attribute that has a word, in words chosen at random.
+        like: say size, place and background only where these scenes have the same.
     """
     n, device = len(scenes), scenes.shape.device
     number = _numbers()
@@ -105,7 +108,13 @@ def choose_phrases(scenes: Scenes, generator: torch.Generator, full: bool = Fals
     textures = _table(TEXTURE_WORDS, device)
     many = scenes.count > 1
 
-    size = only(say(0.5), pick(_table(SIZE_WORDS, device), scenes.size))
+    def shared(*names: str) -> Tensor:
+        same = torch.ones(n, dtype=torch.bool, device=device)
+        for name in names if like is not None else ():
+            same &= getattr(like, name) == getattr(scenes, name)
+        return same
+
+    size = only(say(0.5) & shared("size"), pick(_table(SIZE_WORDS, device), scenes.size))
     texture = only(torch.where(scenes.texture == 0, say(0.15), say(0.8)), pick(textures, scenes.texture))
     after = texture == number["with stripes"]
     colour = only(say(0.88), colours[scenes.colour])
@@ -119,7 +128,9 @@ def choose_phrases(scenes: Scenes, generator: torch.Generator, full: bool = Fals
     opening = torch.where(size > 0, size, torch.where(first > 0, first, then))
     one_word = (~many) & chance(0.08)
     count = torch.where(many | one_word, numbers[scenes.count - 1], article(opening, chance(0.3)))
-    place = only(say(0.55) & ~many & (scenes.relation == 0), pick(_table(PLACE_WORDS, device), scenes.place))
+    place = only(
+        say(0.55) & shared("place") & ~many & (scenes.relation == 0), pick(_table(PLACE_WORDS, device), scenes.place)
+    )
 
     has_second = (scenes.relation > 0) & say(0.85)
     on = scenes.relation == 1
@@ -143,7 +154,7 @@ def choose_phrases(scenes: Scenes, generator: torch.Generator, full: bool = Fals
         pick(_table(graded, device), scenes.background),
         pick(_table(behind, device), scenes.background),
     )
-    background = only(say(0.65), background)
+    background = only(say(0.65) & shared("background", "background_kind"), background)
     ending = only(after, texture)
     slots = [lead, count, size, first, then, noun, ending, place, joint, article_2, colour_2, texture_2, noun_2, on_it]
     slots.append(background)

@@ -55,11 +55,12 @@ Figures = dict[str, object]
 TEXT_DROPPED = 0.1
 """Share of captions that the UNet doesn't see, for guidance."""
 ADAPTER_TEXT_DROPPED, IMAGE_DROPPED = 0.6, 0.05
+LAYERS_FIRST = 0.5
+"""Share of an adapter's training in which every layer learns for itself what text tells it."""
 TAUGHT = 4.0
 """How much more it counts, for an adapter, what the UNet says to the complete caption than what the noise was. Both ask
-for the same, but the noise says it with a deviation that hides most of it: by it alone, shapes took tens of thousands of
-steps."""
-MOVED, OTHER_BACKGROUND = 0.6, 0.3
+for the same, but the noise says it with a deviation that hides most of it."""
+MOVED, OTHER_BACKGROUND = 0.35, 0.2
 """Shares of references that are placed otherwise, and that stand before something else, than the picture to draw."""
 GUIDANCE = 4.0
 
@@ -246,7 +247,7 @@ class Bank:
     penultimate: Tensor | None = None
     """Of references to the scenes, ``[N, 257, width]``."""
     complete: Tensor | None = None
-    """Captions that leave nothing out, ``[N, 77]``."""
+    """Captions that leave nothing out of what scene and reference have in common, ``[N, 77]``."""
 
 
 @torch.no_grad()
@@ -268,7 +269,7 @@ def make_bank(run: Run, count: int, references: bool) -> Bank:
             embeds, penultimate = vision(normalised(pictures).to(dtype))
             parts["embeds"].append(embeds)
             parts["penultimate"].append(penultimate)
-            complete = store.tokens(choose_phrases(scenes, run.generator, full=True))
+            complete = store.tokens(choose_phrases(scenes, run.generator, full=True, like=other))
             parts["complete"].append(complete.to(torch.int16))
     return Bank(**{name: torch.cat(each) for name, each in parts.items() if each})
 
@@ -411,6 +412,31 @@ def _train_adapter(run: Run, kind: str, adapter: Adapter) -> Figures:
         batch["features"] = torch.where(drop.view(-1, *[1] * (found.ndim - 1)), nothing, found)
         return batch
 
+    layers = unet.cross_attention()
+
+    def loss_of_layers(batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            unet(_noisy(batch, table), batch["times"], batch["complete"])
+        apart = []
+        for layer, (k, v) in zip(layers, adapter(batch["features"]), strict=True):
+            assert layer.heard is not None
+            q, told = layer.heard
+            with torch.no_grad():
+                context = batch["context"]
+                missing = told - layer.attend(q, layer.to_k(context), layer.to_v(context))
+            error = (layer.attend(q, k, v).float() - missing.float()) ** 2
+            apart.append(error.mean() / (missing.float() ** 2).mean())
+        return {"loss": torch.stack(apart).mean()}
+
+    first = replace(run.budget, seconds=run.budget.seconds * LAYERS_FIRST)
+    if not first.done(0):
+        for layer in layers:
+            layer.listens = True
+        trainer = Trainer({kind: adapter}, loss_of_layers, 1e-3, run.device, decay=0.998)
+        trainer.run(f"{kind}, layers", batches, first)
+        trainer.finish()
+        for layer in layers:
+            layer.listens, layer.heard = False, None
     trainer = Trainer({kind: adapter}, loss, 1e-3, run.device, decay=0.998)
     figures = trainer.run(kind, batches, run.budget)
     trainer.finish()

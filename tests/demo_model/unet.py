@@ -66,6 +66,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.joint = False
         """Attend to text and image tokens at once rather than apart."""
+        self.heard: tuple[Tensor, Tensor] | None = None
+        """Queries and what came of them, of the last call, while ``listens``: ``[B, heads, N, width // heads]``."""
+        self.listens = False
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context, width, bias=False)
         self.to_v = nn.Linear(context, width, bias=False)
@@ -74,6 +77,10 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries by head over ``k`` and ``v``, ``[B, tokens, width]``."""
+        return F.scaled_dot_product_attention(q, self._split(k), self._split(v))
+
     def forward(self, x: Tensor, context: Tensor | None = None, image: ImageKV | None = None) -> Tensor:
         """``[B, N, width]`` in and out; ``image`` is attended to apart and added, unless ``joint``."""
         source = x if context is None else context
@@ -81,9 +88,11 @@ class Attention(nn.Module):
         if image is not None and self.joint:
             k, v, image = torch.cat([k, image[0]], 1), torch.cat([v, image[1]], 1), None
         q = self._split(q)
-        out = F.scaled_dot_product_attention(q, self._split(k), self._split(v))
+        out = self.attend(q, k, v)
         if image is not None:
-            out = out + F.scaled_dot_product_attention(q, self._split(image[0]), self._split(image[1]))
+            out = out + self.attend(q, *image)
+        if self.listens:
+            self.heard = q, out
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -264,11 +273,15 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.joint = joint
 
-    def layer_widths(self) -> list[int]:
-        """Width of each cross-attention layer, in an adapter file's order."""
+    def cross_attention(self) -> list[Attention]:
+        """Its layers, in an adapter file's order."""
         blocks = [*self.input_blocks, *self.output_blocks, self.middle_block]
         layers = [layer for block in blocks for layer in block if isinstance(layer, SpatialTransformer)]
-        return [layer.proj_in.out_channels for layer in layers]
+        return [layer.transformer_blocks[0].attn2 for layer in layers]
+
+    def layer_widths(self) -> list[int]:
+        """Width of each cross-attention layer, in an adapter file's order."""
+        return [layer.to_q.in_features for layer in self.cross_attention()]
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

@@ -22,6 +22,7 @@ from PIL import Image
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.pictures import prepare, read_picture
 from lib_ipadapter.units import Unit
+from tests.demo_model.install import NAME, install
 
 from . import Host
 from .demo_models import make_demo_models
@@ -30,7 +31,7 @@ from .shapes import SHAPES
 TITLE = "IP-Adapter"
 TRAINED = "trained"
 WEIGHTS = Path(__file__).resolve().parent.parent / "demo_model" / "weights"
-"""A checkpoint with its tokeniser, the image encoder and a plus adapter, trained on drawn scenes; see there."""
+"""A checkpoint with its tokeniser, the image encoder and two adapters, trained on drawn scenes; see there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,18 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     unit.add_argument("--preparation", default="crop")
     unit.add_argument("--adapter", choices=("base", "plus"), default="plus", help="kind of the demo adapter")
     parser.add_argument(
+        "--install", type=Path, metavar="WEBUI", help="put the trained model into this AUTOMATIC1111's folders, no more"
+    )
+    parser.add_argument(
         "--model",
         choices=(TRAINED, *sorted(SHAPES)),
         default=TRAINED,
         help="the trained one, which draws shapes, or random ones of SD1.5's or SDXL's layout",
     )
     args = parser.parse_args(argv)
-    if args.model == TRAINED and args.adapter != "plus":
-        parser.error(
-            "--adapter is base, and the trained model has a plus adapter alone: choose a random --model with it"
-        )
     if args.size < 64 or args.size % 64:
         parser.error(f"--size is {args.size}; it must be a multiple of 64")
+    if args.install is not None:
+        return _install(args.install)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         models = Path(temporary, "models")
         try:
@@ -79,10 +81,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
 
 
+def _install(webui: Path) -> int:
+    try:
+        written = install(webui)
+    except (IPAdapterError, OSError) as error:
+        print(f"dev.py demo: {error}", file=sys.stderr)
+        return 1
+    for path in written:
+        print(f"Wrote {path}.")
+    print(f"Choose the checkpoint {NAME}, 128 x 128 pixels and CFG scale 4; in the accordion demo-plus and decoupled.")
+    return 0
+
+
 def trained_models(folder: Path) -> Path:
-    """Puts the trained image encoder and adapter into a folder of models, where the extension finds them."""
-    for source, place in (("demo-plus", "ipadapter"), ("demo-vision", "clip_vision")):
-        (folder / place).mkdir(parents=True)
+    """Puts the trained image encoder and adapters into a folder of models, where the extension finds them."""
+    for source, place in (("demo-plus", "ipadapter"), ("demo-base", "ipadapter"), ("demo-vision", "clip_vision")):
+        (folder / place).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(WEIGHTS / f"{source}.safetensors", folder / place / f"{source}.safetensors")
     return folder
 
@@ -126,7 +140,7 @@ def _strip(args: argparse.Namespace, models: Path) -> int:
     started = time.perf_counter()
     reference = read_picture(args.image)
     unit: dict[str, Any] = {
-        "model": "demo-plus.safetensors" if args.model == TRAINED else f"demo-{args.adapter}-{args.model}.safetensors",
+        "model": f"demo-{args.adapter}{'' if args.model == TRAINED else f'-{args.model}'}.safetensors",
         "images": [base64.b64encode(args.image.read_bytes()).decode()],
         "weight": args.weight,
         "start": args.start,

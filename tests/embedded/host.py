@@ -23,6 +23,7 @@ from PIL import Image
 from . import jobs, loader, webui
 from .api import Api
 from .callbacks import Callbacks
+from .extra_networks import ExtraNetworks
 from .page import Page
 from .processing import Processed, process_images
 from .record import UNetCall
@@ -101,6 +102,7 @@ class Host:
         self.opts.data.update(settings or {})
         self.queue_lock = threading.RLock()
         self.unet_calls: list[UNetCall] = []
+        self.extra_networks = ExtraNetworks()
         self.basedir: str | None = None
         self.scripts_data: list[loader.ScriptClassData] = []
         self._running: list[Any] = []

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import images
+from .extra_networks import parse_prompts
 from .processing import OPT_F, ImageRNG, Processing
 from .sampling import create_sampler
 
@@ -103,17 +104,18 @@ class Txt2Img(Processing):
         self.rng = ImageRNG(tuple(samples.shape[1:]), self.seeds, samples.device, self.subseeds, self.subseed_strength)
         noise = self.rng.next()
         span = slice(self.iteration * self.batch_size, (self.iteration + 1) * self.batch_size)
+        prompts, networks = parse_prompts(self.all_hr_prompts[span])
         if self.scripts is not None and not self.disable_extra_networks:
             batch = {"batch_number": self.iteration, "seeds": self.seeds, "subseeds": self.subseeds}
             self.scripts.call(
                 "after_extra_networks_activate",
                 self,
                 **batch,
-                prompts=self.all_hr_prompts[span],
-                extra_network_data={},
+                prompts=prompts,
+                extra_network_data=networks,
             )
         self.hr_c, self.hr_uc = self.encode_prompts(
-            self.all_hr_prompts[span],
+            prompts,
             self.all_hr_negative_prompts[span],
             self.hr_upscale_to_x,
             self.hr_upscale_to_y,

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ class Page:
             for name in ("txt2img", "img2img"):
                 with gr.Tab(name, id=name, elem_id=f"tab_{name}"):
                     self._tab(name)
+            with gr.Tab("PNG Info", id="pnginfo", elem_id="tab_pnginfo"):
+                self._png_info()
             for extra in host.callbacks.run("ui_tabs"):
                 for blocks, title, ident in extra or []:
                     with gr.Tab(title, id=ident, elem_id=f"tab_{ident}"):
@@ -65,7 +68,11 @@ class Page:
         On the hosts gradio has set the paths before extensions may add to them; here it does so last.
         """
         blocked, data = list(self.blocks.blocked_paths), str(self.host.cmd_opts.data_dir)
-        gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
+        if GRADIO_3:
+            self.blocks.allowed_paths = [data]
+            gr.mount_gradio_app(app, self.blocks, path="/")
+        else:
+            gr.mount_gradio_app(app, self.blocks, path="/", allowed_paths=[data], blocked_paths=blocked)
 
     def _own_head(self) -> dict[str, Any]:
         """Gradio 4 takes what stands in the page's head; gradio 3 doesn't, so its template is given it."""
@@ -115,6 +122,8 @@ class Page:
                 generate = gr.Button("Generate", variant="primary", elem_id=f"{name}_generate")
                 interrupt = gr.Button("Interrupt", elem_id=f"{name}_interrupt")
                 paste = gr.Button("↙", elem_id=f"{name}_paste", elem_classes=["tool"])
+        runner = self.host.runners[name]
+        runner.prepare_ui()
         with gr.Row():
             with gr.Column(elem_id=f"{name}_settings"):
                 if name == "img2img":
@@ -142,6 +151,7 @@ class Page:
                     )
                     steps = gr.Slider(1, 150, 8, step=1, label="Sampling steps", elem_id=f"{name}_steps")
                     add("steps", steps, "Steps")
+                runner.setup_ui_for_section("sampler")
                 if name == "txt2img":
                     self._hires(add)
                 with gr.Row():
@@ -151,16 +161,21 @@ class Page:
                     add("n_iter", count)
                     size = gr.Slider(1, 8, 1, step=1, label="Batch size", elem_id=f"{name}_batch_size")
                     add("batch_size", size)
+                runner.setup_ui_for_section("dimensions")
                 with gr.Row():
                     cfg = gr.Slider(1, 30, 7, step=0.5, label="CFG Scale", elem_id=f"{name}_cfg_scale")
                     add("cfg_scale", cfg, "CFG scale")
                     if name == "img2img":
                         strength = gr.Slider(
-                            0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoise"
+                            0, 1, 0.75, step=0.01, label="Denoising strength", elem_id="img2img_denoising_strength"
                         )
                         add("denoising_strength", strength, "Denoising strength")
                     add("seed", gr.Number(-1, label="Seed", precision=0, elem_id=f"{name}_seed"), "Seed")
-                tab.script_inputs = self.host.runners[name].setup_ui()
+                # scripts' own sections come last, and only a setting that this host hasn't moves them
+                for section in dict.fromkeys(("cfg", "seed", *(each.section for each in runner.alwayson_scripts))):
+                    if section not in (None, "sampler", "dimensions"):
+                        runner.setup_ui_for_section(section)
+                tab.script_inputs = runner.setup_ui()
             with gr.Column(elem_id=f"{name}_results"):
                 gallery = gr.Gallery(
                     label="Output",
@@ -169,6 +184,7 @@ class Page:
                     height=512,
                     **({} if GRADIO_3 else {"format": "png"}),
                 )
+                gr.Row(elem_id=f"image_buttons_{name}", elem_classes=["image-buttons"])
                 info = gr.Textbox(visible=False, elem_id=f"generation_info_{name}")
                 html_info = gr.HTML(elem_id=f"html_info_{name}", elem_classes=["infotext"])
                 html_log = gr.HTML(elem_id=f"html_log_{name}")
@@ -178,6 +194,19 @@ class Page:
         interrupt.click(self.host.state.interrupt, [], [], api_name=False, queue=False)
         pasted = [component for component, _ in self.paste_fields(name)]
         paste.click(lambda text: self._paste(name, text), [tab.fields["prompt"]], pasted, api_name=False)
+
+    def _png_info(self) -> None:
+        """The parameters that a picture's file has in it, and the buttons that paste them into a tab."""
+        sources = {} if GRADIO_3 else {"sources": ["upload"]}
+        image = gr.Image(label="Source", type="pil", elem_id="pnginfo_image", **sources)
+        text = gr.Textbox(label="Parameters", elem_id="pnginfo_generation_info", interactive=False)
+        image.change(lambda file: file.info.get("parameters", "") if file else "", [image], [text], api_name=False)
+        with gr.Row(elem_classes=["image-buttons"]):
+            for name in self.tabs:
+                send = gr.Button(f"Send to {name}", elem_id=f"{name}_tab")
+                pasted = [component for component, _ in self.paste_fields(name)]
+                js = {"_js" if GRADIO_3 else "js": f"(...values) => {{ switch_to_{name}(); return values; }}"}
+                send.click(partial(self._paste, name), [text], pasted, api_name=False, **js)
 
     def _hires(self, add: Callable[..., None]) -> None:
         from .components import InputAccordion
@@ -223,7 +252,7 @@ class Page:
             result = ([], "", "", f"<div class='error'>{message}</div>")
         finally:
             host.state.skipped = host.state.interrupted = host.state.stopping_generation = False
-        taken = f"<div class='performance'><p class='time'>Time taken: {time.perf_counter() - begun:.1f} sec.</p></div>"
+        taken = f"<div class='performance'><p class='time'>Time taken: {time.perf_counter() - begun:.3f} sec.</p></div>"
         return (*result[:3], result[3] + taken)
 
     def paste_fields(self, name: str) -> list[tuple[Any, Any]]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from . import images, infotext
+from .extra_networks import parse_prompts
 from .prompts import SdConditioning, get_learned_conditioning, get_multicond_learned_conditioning
 from .sampling import resolve
 from .scripts_api import PostprocessBatchListArgs, PostprocessImageArgs, PostProcessMaskOverlayArgs, PostSampleArgs
@@ -244,7 +245,7 @@ def process_images(p: Processing) -> Processed:
             host.opts.set(key, value, is_api=True, run_callbacks=False)
         p.sampler_name, p.scheduler = resolve(p.sampler_name, p.scheduler)
         with host.running(p):
-            return _process(p)
+            return process_images_inner(p)
     finally:
         if p.override_settings_restore_afterwards:
             for key, value in stored.items():
@@ -255,7 +256,8 @@ def _fixed_seed(seed: Any) -> int:
     return random.randrange(4294967294) if seed in (None, "", -1) else int(seed)
 
 
-def _process(p: Processing) -> Processed:
+def process_images_inner(p: Processing) -> Processed:
+    """The job itself; what it is called in real hosts, where jobs are found by it on the stack."""
     host, state = p.host, p.host.state
     seed, subseed = _fixed_seed(p.seed), _fixed_seed(p.subseed)
     p.setup_prompts()
@@ -325,8 +327,12 @@ def _one_batch(p: Processing, n: int) -> Any:
         scripts.call("before_process_batch", p, **batch)
     if not p.prompts:
         return None
+    p.prompts, networks = parse_prompts(p.prompts)
+    if not p.disable_extra_networks:
+        p.host.extra_networks.activate(p, networks)
     if scripts is not None and not p.disable_extra_networks:
-        scripts.call("after_extra_networks_activate", p, **batch, extra_network_data={})
+        batch["prompts"] = p.prompts
+        scripts.call("after_extra_networks_activate", p, **batch, extra_network_data=networks)
     p.reset_forge_objects()
     if scripts is not None:
         scripts.call("process_batch", p, **batch)

@@ -46,13 +46,21 @@ class ScriptRunner:
             if visibility:
                 self.scripts.append(script)
 
-    def setup_ui(self) -> list[Any]:
-        """Build the controls of all scripts inside the current gradio block; their components in arg order."""
+    def prepare_ui(self) -> None:
+        """A page begins."""
         self.inputs = [None]
         self.infotext_fields, self.paste_field_names = [], []
-        self.titles = [self._title(s) for s in self.selectable_scripts]
+
+    def setup_ui_for_section(self, section: str | None) -> None:
+        """Build the controls of the always-visible scripts that want to be here, inside the current gradio block."""
         for script in sorted(self.alwayson_scripts, key=lambda s: s.sorting_priority):
-            self._create_group(script, visible=True)
+            if script.section == section:
+                self._create_group(script, visible=True)
+
+    def setup_ui(self) -> list[Any]:
+        """Build the controls of all scripts that have no section; the components of all in arg order."""
+        self.titles = [self._title(s) for s in self.selectable_scripts]
+        self.setup_ui_for_section(None)
         dropdown = gr.Dropdown(
             label="Script", elem_id="script_list", choices=["None", *self.titles], value="None", type="index"
         )

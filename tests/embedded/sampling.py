@@ -66,7 +66,7 @@ class Sampler:
         key = "Hires schedule type" if p.is_hr_pass else "Schedule type"
         if not p.is_hr_pass or schedule.label != p.extra_generation_params.get("Schedule type"):
             p.extra_generation_params[key] = schedule.label
-        return schedule.function(steps, self.model_wrap.predictor).cpu()
+        return schedule.sigmas(steps, self.model_wrap.predictor)
 
     def sample(
         self,

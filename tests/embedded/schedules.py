@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,18 +17,18 @@ def discrete(n: int, predictor: Predictor) -> torch.Tensor:
     return torch.cat([predictor.sigma(t), t.new_zeros(1)])
 
 
-def karras(n: int, predictor: Predictor, rho: float = 7.0) -> torch.Tensor:
+def karras(n: int, sigma_min: float, sigma_max: float, device: torch.device, rho: float = 7.0) -> torch.Tensor:
     """Karras et al. 2022, eq. 5, between the model's smallest and largest sigma, then 0. ``[n + 1]``."""
-    low, high = predictor.sigma_min.item() ** (1 / rho), predictor.sigma_max.item() ** (1 / rho)
-    ramp = torch.linspace(0, 1, n)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    ramp = torch.linspace(0, 1, n, device=device)
+    return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)])
 
 
-def sgm_uniform(n: int, predictor: Predictor) -> torch.Tensor:
+def sgm_uniform(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: torch.device) -> torch.Tensor:
     """Evenly spaced timesteps from the first to the last, the last one left out, then 0. ``[n + 1]``."""
-    start, end = predictor.timestep(predictor.sigma_max), predictor.timestep(predictor.sigma_min)
+    start, end = (inner_model.sigma_to_t(torch.tensor(sigma)) for sigma in (sigma_max, sigma_min))
     t = torch.linspace(float(start), float(end), n + 1)[:-1]
-    return torch.cat([predictor.sigma(t), torch.zeros(1)])
+    return torch.cat([inner_model.t_to_sigma(t), torch.zeros(1)]).to(device)
 
 
 def ddim_timesteps(n: int) -> torch.Tensor:
@@ -41,14 +42,46 @@ class Schedule:
 
     name: str
     label: str
-    function: Callable[[int, Predictor], torch.Tensor] | None
-    """None: the sampler's own preference."""
+    function: Callable[..., torch.Tensor] | None
+    """None: the sampler's own preference. Called by keyword, as :meth:`sigmas` does."""
+    default_rho: float = -1
+    need_inner_model: bool = False
+
+    def sigmas(self, n: int, predictor: Predictor) -> torch.Tensor:
+        """Noise levels of ``n`` steps, ``[n + 1]``."""
+        assert self.function is not None
+        given = {"rho": self.default_rho} if self.default_rho != -1 else {}
+        if self.need_inner_model:
+            given["inner_model"] = _InnerModel(predictor)
+        sigma_min, sigma_max = predictor.sigma_min.item(), predictor.sigma_max.item()
+        return self.function(n=n, sigma_min=sigma_min, sigma_max=sigma_max, device=torch.device("cpu"), **given)
+
+
+class _InnerModel:
+    """What the hosts' schedule functions are given of a model."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.sigmas = predictor.sigmas
+        self._predictor = predictor
+
+    def get_sigmas(self, n: int) -> torch.Tensor:
+        return discrete(n, self._predictor)
+
+    def sigma_to_t(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self._predictor.timestep(sigma)
+
+    def t_to_sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        return self._predictor.sigma(timestep)
+
+
+def _uniform(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: torch.device) -> torch.Tensor:
+    return inner_model.get_sigmas(n).to(device)
 
 
 SCHEDULES = (
     Schedule("automatic", "Automatic", None),
-    Schedule("uniform", "Uniform", discrete),
-    Schedule("karras", "Karras", karras),
-    Schedule("sgm_uniform", "SGM Uniform", sgm_uniform),
+    Schedule("uniform", "Uniform", _uniform, need_inner_model=True),
+    Schedule("karras", "Karras", karras, default_rho=7.0),
+    Schedule("sgm_uniform", "SGM Uniform", sgm_uniform, need_inner_model=True),
 )
 SCHEDULES_BY_NAME = {key: s for s in SCHEDULES for key in (s.name, s.label)}

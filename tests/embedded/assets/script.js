@@ -43,6 +43,15 @@ function updateInput(target) {
   target.dispatchEvent(event);
 }
 
+function switchTo(number) {
+  document.querySelectorAll("#tabs > .tab-nav > button")[number].click();
+}
+function switch_to_txt2img() {
+  switchTo(0);
+}
+function switch_to_img2img() {
+  switchTo(1);
+}
 function get_uiCurrentTab() {
   return gradioApp().querySelector("#tabs > .tab-nav > button.selected");
 }
@@ -54,12 +63,12 @@ function get_uiCurrentTabContent() {
 function inputAccordionChecked(id, checked) {
   const visible = document.getElementById(id + "-visible-checkbox");
   if (visible) visible.checked = checked;
-  const button = document.querySelector("#" + CSS.escape(id) + " button.label-wrap");
+  const button = document.querySelector("#" + CSS.escape(id) + " .label-wrap");
   if (button && button.classList.contains("open") !== checked) button.click();
 }
 
 function setUpInputAccordion(accordion) {
-  const button = accordion.querySelector("button.label-wrap");
+  const button = accordion.querySelector(".label-wrap");
   const hidden = document.querySelector("#" + CSS.escape(accordion.id) + "-checkbox input");
   if (!button || !hidden || accordion.dataset.ready) return;
   accordion.dataset.ready = "1";

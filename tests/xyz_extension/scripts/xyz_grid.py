@@ -30,9 +30,16 @@ class AxisOption:
         self.confirm, self.cost, self.choices, self.prepare = confirm, cost, choices, prepare
 
 
+def _replace(p: Any, x: str, xs: list[str]) -> None:
+    if xs[0] not in p.prompt:
+        raise RuntimeError(f"Prompt S/R did not find {xs[0]} in prompt.")
+    p.prompt = p.prompt.replace(xs[0], x)
+
+
 axis_options = [
     AxisOption("Nothing", str, lambda p, x, xs: None),
     AxisOption("Seed", int, lambda p, x, xs: setattr(p, "seed", x)),
+    AxisOption("Prompt S/R", str, _replace),
 ]
 RANGE = re.compile(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*\[(\d+)\]\s*")
 
