@@ -16,8 +16,10 @@ from .errors import IPAdapterError
 from .formulations import resolve_formulation
 from .gathering import uncond_of
 from .hosts.base import UNetInfo
+from .kept import Kept
 from .layer_weights import effective, groups, on_unet
 from .layers import LAYOUTS
+from .mask_pictures import MaskPictures
 from .mixtures import MIXTURES
 from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
@@ -125,6 +127,7 @@ class Answers:
         for image in unit.negative_images:
             self._known(image, kind, encoder)
         pictures = [self._known(image, kind, encoder) for image in unit.images]
+        MaskPictures(Kept(lambda: 0, lambda _: 0)).prepare(unit, store=False)
         return {
             "model": unit.model,
             "kind": kind.description,

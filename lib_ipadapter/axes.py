@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import IPAdapterError
 from .layer_weights import TYPES
+from .masks import TEMPLATES
 from .pictures import read_picture
 from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
 
@@ -93,6 +94,7 @@ _KINDS = (
     _Kind("hires", "hires", HIRES),
     _Kind("layers", "layers", tuple(TYPES)),
     _Kind("mixture", "mixture", MIXTURES),
+    _Kind("mask", "mask", tuple(TEMPLATES)),
 )
 
 

@@ -65,6 +65,8 @@ class Found:
 
     number: int
     """Of the first of them in the unit, from 0."""
+    owners: tuple[int, ...]
+    """Of each cond picture, the number of the unit's picture that it comes from; of a mixture, of the first."""
     conds: tuple[ImageKV, ...]
     unconds: tuple[ImageKV, ...]
     shares: tuple[float, ...]
@@ -96,8 +98,8 @@ class Gathering:
     def parts(self) -> list[Found]:
         """K/V of the pictures that take part; what isn't made yet goes through encoder and adapter on one loading."""
         groups = [
-            (number, self._mix(self.unit.mixture, takes), self._against(takes, negatives))
-            for number, takes, negatives in self._groups()
+            (owners, self._mix(self.unit.mixture, takes), self._against(takes, negatives))
+            for owners, takes, negatives in self._groups()
         ]
         batches = [take.batch for _, conds, unconds in groups for take in (*conds, *unconds)]
         by_batch = self._kv(dict.fromkeys(batches))
@@ -107,12 +109,13 @@ class Gathering:
             return tuple(by_batch[take.batch][take.row] for take in takes)
 
         found = []
-        for number, conds, unconds in groups:
+        for owners, conds, unconds in groups:
             shares = tuple(take.weight for take in conds)
             uncond_shares = tuple(take.weight * self.unit.uncond_weight for take in (conds if file else unconds))
             source = (tuple(conds), tuple(unconds), self.unit.negative, file_identity(self.path))
             none = of(unconds) if file is None else (file,) * len(conds)
-            found.append(Found(number, of(conds), none, shares, uncond_shares, source))
+            owners = owners[: len(conds)]
+            found.append(Found(owners[0], owners, of(conds), none, shares, uncond_shares, source))
         return found
 
     def features(self) -> tuple[Tensor, tuple[float, ...]]:
@@ -135,8 +138,11 @@ class Gathering:
 
     # Which pictures
 
-    def _groups(self) -> list[tuple[int, list[Take], list[Take] | None]]:
-        """Pictures that act in the same places, and their negatives; None: those come from the uncond source."""
+    def _groups(self) -> list[tuple[tuple[int, ...], list[Take], list[Take] | None]]:
+        """Pictures that act in the same places, and their negatives; None: those come from the uncond source.
+
+        Ahead of them, of each the number of the unit's picture that it comes from.
+        """
         positions = self._taken(self.unit.images, NO_NOISE)
         negatives = None
         if self.unit.negatives:
@@ -144,9 +150,10 @@ class Gathering:
             negatives = self._taken(refs, self.unit.noise)
         if self.unit.pictures == TOGETHER:
             flat = None if negatives is None else [take for each in negatives for take in each]
-            return [(0, [take for each in positions for take in each], flat)]
+            owners = tuple(number for number, each in enumerate(positions) for _ in each)
+            return [(owners, [take for each in positions for take in each], flat)]
         return [
-            (number, takes, None if negatives is None else negatives[number % len(negatives)])
+            ((number,) * len(takes), takes, None if negatives is None else negatives[number % len(negatives)])
             for number, takes in enumerate(positions)
             if takes
         ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ERROR_KEY, IPAdapterError
-from .units import MIDDLE, PICTURE_FIELDS, UNIT_SLOTS, ImageRef, Unit
+from .units import MIDDLE, NO_MASK, PICTURE_FIELDS, UNIT_SLOTS, ImageRef, MaskRef, Unit
 
 KEY = "IP-Adapter"
 """Key of a unit's text, before its number."""
@@ -32,7 +32,10 @@ _PICTURE = re.compile(r"(negative )?picture \d+", re.ASCII)
 _MODEL = re.compile(rf"(.*) \[([0-9a-f]{{{DIGITS}}})\]", re.DOTALL | re.ASCII)
 _RESOLVED = re.compile(r"auto \([^()]*\)")
 _PLAIN = re.compile(r"[^\s\"\\,:()\[\]](?:[^\"\\,:()\[\]\r\n\t]*[^\s\"\\,:()\[\]])?")
-_FIELDS = {each.name: each for each in fields(Unit) if each.name not in PICTURE_FIELDS}
+_HASH = re.compile(r"[0-9a-fA-F]{64}")
+_FIELDS = {each.name: each for each in fields(Unit) if each.name not in (*PICTURE_FIELDS, "mask")}
+_WORDS = {"weight": 1, "crop": 3, "mask": 1, "feather": 1, "inverted": 0}
+"""What may stand behind a picture's hash, and how many words follow each."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def _text(unit: Unit, facts: Facts, hashes: bool) -> str:
             parts.append(f"{name}: {_value(value)}{f' ({resolved})' if resolved else ''}")
             if name == "model" and facts.fingerprint:
                 parts[-1] += f" [{facts.fingerprint[:DIGITS]}]"
+    if unit.mask:
+        parts.append("mask: " + " ".join(_mask(unit.mask, hashes)))
     for word, refs in (("picture", unit.images), ("negative picture", unit.negative_images)):
         parts += [f"{word} {number}: {_picture(ref, hashes)}" for number, ref in enumerate(refs, 1)]
     return ", ".join(parts)
@@ -141,9 +146,20 @@ def _picture(ref: ImageRef, hashes: bool) -> str:
         words.append(f"weight {_number(ref.weight)}")
     if ref.crop != MIDDLE:
         words.append("crop " + " ".join(map(_number, ref.crop)))
+    if ref.mask:
+        words += ["mask", *_mask(ref.mask, hashes)]
     if ref.saved:
         words.append(f"name {ref.saved}")
     return " ".join(words)
+
+
+def _mask(ref: MaskRef, hashes: bool) -> list[str]:
+    if ref.data:
+        raise ValueError("a mask in parameters is given by its hash")
+    words = [ref.template.replace(" ", "-") or (ref.sha256 if hashes else HIDDEN)]
+    if ref.feather:
+        words += ["feather", _number(ref.feather)]
+    return [*words, "inverted"] if ref.invert else words
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -170,6 +186,8 @@ class _Reader:
                     pictures["negative_images" if match[1] else "images"].append(picture)
             elif name == "model":
                 values[name] = self._model(value, find_model)
+            elif name == "mask":
+                values[name] = self._mask("its mask", self._by_word(name, ["mask", *value.split()]))
             elif name in _FIELDS:
                 values[name] = _typed(name, value)
             else:
@@ -194,15 +212,13 @@ class _Reader:
         if words[:1] == [HIDDEN]:
             self.notes.append(f"the infotext has no hash of {name}, so add the picture again.")
             return None
+        given = self._by_word(name, words[1:])
         values: dict[str, Any] = {"saved": saved} if saved else {"sha256": words[0] if words else ""}
-        rest = words[1:]
-        while rest:
-            key, count = rest[0], {"weight": 1, "crop": 3}.get(rest[0], len(rest) - 1)
-            given, rest = rest[1 : 1 + count], rest[1 + count :]
-            if key in ("weight", "crop"):
-                values[key] = given[0] if key == "weight" and given else given
-            else:
-                self.unknown[f"{name} {key}"] = " ".join(given)
+        values["mask"] = self._mask(f"the mask of {name}", given)
+        if "weight" in given:
+            values["weight"] = given["weight"][0] if given["weight"] else []
+        if "crop" in given:
+            values["crop"] = given["crop"]
         try:
             ref = ImageRef(**values)
         except IPAdapterError as error:
@@ -213,6 +229,40 @@ class _Reader:
         if not self._has_picture(ref.sha256):
             # It stays in the unit: a unit never acts with fewer pictures than it was given.
             self.notes.append(f"{name} ({ref.sha256}) isn't kept here, so add it again, or take it out.")
+        return ref
+
+    def _by_word(self, name: str, words: list[str]) -> dict[str, list[str]]:
+        """What follows each known word; an unknown one takes all the rest."""
+        found: dict[str, list[str]] = {}
+        while words:
+            key, count = words[0], _WORDS.get(words[0], len(words) - 1)
+            given, words = words[1 : 1 + count], words[1 + count :]
+            if key in _WORDS:
+                found[key] = given
+            else:
+                self.unknown[f"{name} {key}"] = " ".join(given)
+        return found
+
+    def _mask(self, name: str, given: Mapping[str, list[str]]) -> MaskRef:
+        if "mask" not in given:
+            return NO_MASK
+        source = " ".join(given["mask"])
+        if source == HIDDEN:
+            self.notes.append(f"the infotext has no hash of {name}, so add it again.")
+            return NO_MASK
+        values: dict[str, Any] = {"sha256" if _HASH.fullmatch(source) else "template": source}
+        if "feather" in given:
+            values["feather"] = " ".join(given["feather"])
+        try:
+            ref = MaskRef(invert="inverted" in given, **values)
+            if not ref:
+                raise IPAdapterError("it is empty.")
+        except IPAdapterError as error:
+            self.notes.append(f"{name} can't be read, so choose it again: {error}")
+            return NO_MASK
+        if ref.sha256 and not self._has_picture(ref.sha256):
+            # It stays in the unit, which would act everywhere without it.
+            self.notes.append(f"{name} ({ref.sha256}) isn't kept here, so choose it again, or take it out.")
         return ref
 
     def _unit(self, values: dict[str, Any]) -> Unit:

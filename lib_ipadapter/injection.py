@@ -9,8 +9,8 @@ layer, in the memory that the plans look at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,8 +20,10 @@ from .errors import IPAdapterError
 from .formulations import Formulation
 from .items import by_item
 from .layer_weights import Section
+from .masking import Masking
+from .masks import PIXELS, Canvas, Where
 from .places import Items
-from .plan import LayeredPlan, Plan, make_plan
+from .plan import ImageKV, LayeredPlan, Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .reweighing import Adjustable, Unweighed
 from .rows import Call
@@ -43,6 +45,14 @@ class Term:
     """The items of the batch it acts on."""
     balance: bool = False
     """Whether its pictures weigh together as much as one, in a joint softmax."""
+
+    where: Mapping[int, tuple[Where, ...]] = field(default_factory=dict)
+    """By role, where each entry of ``weighed`` acts; empty: everywhere."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a picture of it acts in a part of the canvas alone."""
+        return any(map(any, self.where.values()))
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -121,6 +131,9 @@ class Injection:
         """What they are weighed with now."""
         self._copies: set[tuple[object, ...]] = set()
         """Keys of the plans that hold copies of K and V, and not views alone: these don't see a change."""
+        self._is_masked = any(term.is_masked for term in self.terms)
+        self.canvas: Canvas | None = None
+        """What the pass draws; None: what its first UNet call has."""
 
     def progress_seen(self, timing: str = NOISE) -> tuple[float, float] | None:
         """Progress of the first and of the furthest UNet call by a timing; None before there was one."""
@@ -139,10 +152,11 @@ class Injection:
         if self._place != (device, dtype):
             self._adjustable = {n: each.on(device, dtype) for n, each in self._varying.items()}
             self._factors.clear()
-            self._prompts = [
+            prompts = [
                 (self._adjustable[n].weighed if isinstance(term.weighed, Unweighed) else term.weighed).on(device, dtype)
                 for n, term in enumerate(self.terms)
             ]
+            self._prompts = [_placed(each, term.where) for each, term in zip(prompts, self.terms, strict=True)]
             self._place = (device, dtype)
             self._plans.clear()
 
@@ -163,20 +177,23 @@ class Injection:
             self._weigh(factors, device, dtype)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
-        key = (active, call.roles, call.items, text_tokens, real, device, dtype)
+        where = (call.latent, call.tiles) if self._is_masked else None
+        key = (active, call.roles, call.items, text_tokens, real, where, device, dtype)
         plan = self._plans.get(key)
         if plan is None:
             self.to(device, dtype)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             acting = [n for n, acts in enumerate(active) if acts]
-            plan = self._plans[key] = self._make_plan(acting, call, text_tokens, device)
+            masked = any(self.terms[n].is_masked for n in acting)
+            masking = self._masking(call, device, dtype) if masked else None
+            plan = self._plans[key] = self._make_plan(acting, call, text_tokens, device, masking)
             if self._varying and not plan.memory <= self._memory():
                 self._copies.add(key)
         return plan
 
     def _make_plan(
-        self, acting: Sequence[int], call: Call, text_tokens: int, device: torch.device
+        self, acting: Sequence[int], call: Call, text_tokens: int, device: torch.device, masking: Masking | None
     ) -> Plan | LayeredPlan:
         """A plan for the terms of these numbers."""
 
@@ -188,7 +205,7 @@ class Injection:
             joint = [prompts for term, prompts in parts if term.formulation.joins_softmax]
             added = [prompts for term, prompts in parts if not term.formulation.joins_softmax]
             balanced = [term.balance for term, _ in parts if term.formulation.joins_softmax]
-            return make_plan(joint, added, rows, text_tokens, device, layers, balanced)
+            return make_plan(joint, added, rows, text_tokens, device, layers, balanced, masking)
 
         parts = [(self.terms[n], self._prompts[n]) for n in acting]
         if not any(term.sections for term, _ in parts):
@@ -208,6 +225,29 @@ class Injection:
             ]
             plans[way] = make(there, [layer for layer, each in enumerate(ways) if each == way])
         return LayeredPlan(tuple(plans[way] for way in ways))
+
+    def _masking(self, call: Call, device: torch.device, dtype: torch.dtype) -> Masking:
+        """The masks where a UNet call draws the whole canvas.
+
+        Raises:
+            IPAdapterError: if it draws a part of it, and nothing says which.
+        """
+        if call.latent is None:
+            raise IPAdapterError(
+                "The WebUI doesn't say how large the latent of a UNet call is, so a mask can't be put on it: take out "
+                "the units' masks."
+            )
+        if self.canvas is None:
+            self.canvas = Canvas(call.latent)
+        if call.tiles > 1 or call.latent != self.canvas.latent:
+            (rows, columns), (height, width) = call.latent, self.canvas.latent
+            raise IPAdapterError(
+                f"The picture is drawn in tiles ({call.tiles} at once, of {PIXELS * columns} x {PIXELS * rows} pixels "
+                f"where all of it has {PIXELS * width} x {PIXELS * height}), and nothing says where each of them lies, "
+                "so a mask can't be put there: switch the tiling off (MultiDiffusion, Tiled Diffusion), or take out "
+                "the units' masks."
+            )
+        return Masking(self.canvas, device, dtype)
 
     def _weigh(self, factors: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
         """Brings the factors of a UNet call into K and V, where they aren't yet."""
@@ -253,3 +293,16 @@ class Injection:
             term.factor(known(now[term.window.timing])) if whole is None else whole
             for term, whole in zip(self.terms, self._whole, strict=True)
         )
+
+
+def _placed(prompts: Prompts, where: Mapping[int, tuple[Where, ...]]) -> Prompts:
+    """The pictures with where they act; one that several entries share stays one where it acts in one place."""
+    made: dict[tuple[int, Where], ImageKV] = {}
+
+    def placed(image: ImageKV, place: Where) -> ImageKV:
+        return made.setdefault((id(image), place), replace(image, where=place) if place else image)
+
+    return {
+        role: tuple(map(placed, images, where[role])) if any(where.get(role, ())) else images
+        for role, images in prompts.items()
+    }

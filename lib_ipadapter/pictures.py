@@ -58,32 +58,41 @@ _UPRIGHT: Mapping[int, Image.Transpose] = {
 _ORIENTATION = 0x0112
 
 
-def read_picture(source: str | bytes | Image.Image | NDArray[np.generic] | os.PathLike[str]) -> Image.Image:
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
+
+
+def read_picture(
+    source: str | bytes | Image.Image | NDArray[np.generic] | os.PathLike[str], background: Colour = WHITE
+) -> Image.Image:
     """A picture as upright 8-bit RGB without metadata.
 
-    EXIF orientation is applied, transparency is laid over white, of an animation the first frame is taken (of an
-    animated ``Image``, the frame it stands at), 16-bit grey is scaled to 8 bits, and CMYK, palettes, bilevel, LAB and
-    so on become RGB as Pillow converts them.
+    EXIF orientation is applied, transparency is laid over the background, of an animation the first frame is taken (of
+    an animated ``Image``, the frame it stands at), 16-bit grey is scaled to 8 bits, and CMYK, palettes, bilevel, LAB
+    and so on become RGB as Pillow converts them.
 
     Args:
         source: text is base64 (line breaks and missing padding are fine) or a base64 data URI, and never a path or an
             address; bytes are a picture file's content; an array is ``[H, W]`` or ``[H, W, 1 | 2 | 3 | 4]`` (grey, grey
             and alpha, RGB, RGBA) of bool, uint8, uint16 or floats in 0…1; only a path object is opened as a file.
+        background: what transparency is laid over. White is what a cut-out looks like on a page, and what cut-outs in
+            the encoder's training data stand on; of a mask, black, since what isn't there doesn't act.
 
     Raises:
         IPAdapterError: if there is no picture in it, or it is broken or too large.
     """
     if isinstance(source, Image.Image):
         with _quiet(), _sentences():
-            return _upright_rgb(source)
+            return _upright_rgb(source, background)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, background)
     if isinstance(source, str):
-        return _from_file(BytesIO(_decode_text(source)))
+        return _from_file(BytesIO(_decode_text(source)), background)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_file(BytesIO(source))
+        return _from_file(BytesIO(source), background)
     if isinstance(source, os.PathLike):
-        return _from_path(Path(source))
+        return _from_path(Path(source), background)
     raise IPAdapterError(f"The picture is a {type(source).__name__}, which isn't one: {_USE}.")
 
 
@@ -119,23 +128,23 @@ def _decode_text(text: str) -> bytes:
         ) from error
 
 
-def _from_path(path: Path) -> Image.Image:
+def _from_path(path: Path, background: Colour) -> Image.Image:
     try:
         if not path.is_file():  # a pipe or device would be read without end
             raise FileNotFoundError(2, "no such file")
         with path.open("rb") as file:
-            return _from_file(file)
+            return _from_file(file, background)
     except OSError as error:
         raise IPAdapterError(
             f"The picture file {path.name} can't be read ({error.strerror or error}): check that it is there."
         ) from error
 
 
-def _from_file(file: BinaryIO) -> Image.Image:
+def _from_file(file: BinaryIO, background: Colour) -> Image.Image:
     with _quiet(), _sentences():
         Image.init()
         with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-            return _upright_rgb(picture)
+            return _upright_rgb(picture, background)
 
 
 # Warning filters and Pillow's switch for truncated files belong to the whole process; two threads that set and restore
@@ -188,7 +197,7 @@ def _too_large(found: str) -> IPAdapterError:
     )
 
 
-def _upright_rgb(picture: Image.Image) -> Image.Image:
+def _upright_rgb(picture: Image.Image, background: Colour) -> Image.Image:
     width, height = picture.size
     if width * height > LIMIT_PIXELS:  # before anything is decoded; hosts may have switched Pillow's own check off
         raise _too_large(f"{width} x {height} pixels")
@@ -197,7 +206,7 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
     picture.load()
     # Asked for after loading: some formats store metadata behind the pixels, and some decoders turn the picture.
     turn = _UPRIGHT.get(_orientation(picture))
-    rgb = _rgb(picture)
+    rgb = _rgb(picture, background)
     if turn is not None:
         rgb = rgb.transpose(turn)
     rgb.info = {}
@@ -214,31 +223,30 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, background: Colour) -> Image.Image:
     """A new RGB picture of ``picture``'s pixels."""
     mode = picture.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
-        return _from_wide(picture)
+        return _from_wide(picture, background)
     if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
         if mode in ("RGBa", "La"):  # colours multiplied by alpha; each converts to its own plain form only
             picture = picture.convert("RGBA" if mode == "RGBa" else "LA")
-        return _over_white(picture.convert("RGBA"))
+        return _over(background, picture.convert("RGBA"))
     return picture.copy() if mode == "RGB" else picture.convert("RGB")
 
 
-def _over_white(rgba: Image.Image) -> Image.Image:
-    """Transparent areas become white.
+def _over(background: Colour, rgba: Image.Image) -> Image.Image:
+    """Transparent areas become the background.
 
     What colour lies under full transparency is an accident of the tool that saved the picture, mostly black, and
-    dropping alpha would show it: the encoder would see a cut-out subject in front of black. White is what such a
-    picture looks like on a page, and what cut-outs in the encoder's training data stand on.
+    dropping alpha would show it.
     """
-    white = Image.new("RGB", rgba.size, (255, 255, 255))
-    white.paste(rgba, mask=rgba.getchannel("A"))
-    return white
+    below = Image.new("RGB", rgba.size, background)
+    below.paste(rgba, mask=rgba.getchannel("A"))
+    return below
 
 
-def _from_wide(picture: Image.Image) -> Image.Image:
+def _from_wide(picture: Image.Image, background: Colour) -> Image.Image:
     """Grey with more than 8 bits, which Pillow itself would clip at 255."""
     values = np.asarray(picture)
     low, high = float(values.min()), float(values.max())
@@ -253,7 +261,7 @@ def _from_wide(picture: Image.Image) -> Image.Image:
     grey = _to_bytes(values, top)
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
-        grey[values == transparent] = 255
+        grey[values == transparent] = background[0]
     return Image.fromarray(grey).convert("RGB")
 
 
@@ -267,7 +275,7 @@ def _to_bytes(values: NDArray[np.generic], top: float) -> NDArray[np.uint8]:
 _CHANNELS: Mapping[int, str] = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-def _from_array(array: NDArray[np.generic]) -> Image.Image:
+def _from_array(array: NDArray[np.generic], background: Colour) -> Image.Image:
     shape = array.shape
     if array.ndim == 2:
         array = array[..., None]
@@ -295,7 +303,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
         raise IPAdapterError(f"The picture is an array of {array.dtype}; it must be uint8, uint16, bool or float.")
     mode = _CHANNELS[pixels.shape[2]]
     size = (pixels.shape[1], pixels.shape[0])
-    return _rgb(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes()))
+    return _rgb(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes()), background)
 
 
 def _clip(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from .balance import Counted, text_repeats
 from .errors import IPAdapterError
 from .layout import BOTH, Layout, Rows
+from .masking import Masking, Run, runs
+from .masks import Where
 from .packing import as_one, by_width, evenly, row
 from .rows import Call
 
@@ -26,9 +28,13 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """``(q [B, N, C], k [B, M, C], v [B, M, C], heads) -> [B, N, C]``."""
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Plain multi-head attention: ``q [B, N, C]``, ``k`` and ``v`` ``[B, M, C]`` to ``[B, N, C]``."""
-    out = F.scaled_dot_product_attention(_split_heads(q, heads), _split_heads(k, heads), _split_heads(v, heads))
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention: ``q [B, N, C]``, ``k`` and ``v`` ``[B, M, C]``, ``bias [N, M]`` to ``[B, N, C]``.
+
+    ``bias`` is added to the scaled logits.
+    """
+    q, k, v = (_split_heads(t, heads) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -50,6 +56,8 @@ class ImageKV:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    where: Where = ()
+    """Where it acts; empty: everywhere."""
 
     @staticmethod
     def from_pairs(pairs: Sequence[Tensor]) -> ImageKV:
@@ -89,6 +97,8 @@ class _Group(Rows):
 
     index: slice | Tensor | None
     """The same as ``numbers``; None: they are the whole batch."""
+    runs: tuple[Run, ...] = ()
+    """Their image tokens by masks; empty if none has a mask."""
 
     def pick(self, t: Tensor) -> Tensor:
         """These rows of a whole batch."""
@@ -115,12 +125,27 @@ def _groups(
         role: sum(image.tokens * unit.copies(role, n) for unit in units for image in unit.images.get(role, ()))
         for role, n in repeats.items()
     }
-    kinds = [(text_tokens[role], image_tokens[role], repeats[role]) for role in roles]
+    by_mask = {role: _runs(role, units, n) for role, n in repeats.items()}
+    kinds = [(text_tokens[role], image_tokens[role], repeats[role], by_mask[role]) for role in roles]
     groups = []
     for kind in dict.fromkeys(kinds):
         rows = tuple(row for row, each in enumerate(kinds) if each == kind)
-        groups.append(_Group(rows, tuple(roles[row] for row in rows), *kind, _index(rows, len(roles), device)))
+        text, image, repeated, masked = kind
+        index = _index(rows, len(roles), device)
+        groups.append(_Group(rows, tuple(roles[row] for row in rows), text, image, repeated, index, masked))
     return groups
+
+
+def _runs(role: int, units: Sequence[Counted[Images]], repeats: int) -> tuple[Run, ...]:
+    """A role's image tokens by masks, in the order in which they are laid out; empty if none has a mask."""
+    found = runs(
+        [
+            (image.where, image.tokens)
+            for unit in units
+            for image in unit.images.get(role, ()) * unit.copies(role, repeats)
+        ]
+    )
+    return found if any(where for where, _ in found) else ()
 
 
 def _images(role: int, units: Sequence[Counted[Images]], layer: int) -> list[Tensor]:
@@ -146,6 +171,8 @@ class _Addition:
     index: slice | Tensor | None
     images: ImageKV
     """``[n, T, C]`` each, one for each role: the batch's rows are folded into as many, their queries side by side."""
+    where: Where = ()
+    """Where it acts."""
 
     def attend(self, layer: int, q: Tensor, heads: int) -> Tensor:
         """What is added to these rows, ``[R, N, C]``."""
@@ -161,6 +188,18 @@ def _once(images: tuple[ImageKV, ...]) -> tuple[ImageKV, ...]:
 
 
 def _additions(roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
+    """The attentions of a unit: one for all pictures that act in the same place, in each role or in both."""
+    found = dict.fromkeys(image.where for role in roles for image in images.get(role, ()))
+    if len(found) < 2:
+        return _additions_in(next(iter(found), ()), roles, images, device)
+    return [addition for where in found for addition in _additions_in(where, roles, _only_in(where, images), device)]
+
+
+def _only_in(where: Where, images: Images) -> Images:
+    return {role: tuple(image for image in given if image.where == where) for role, given in images.items()}
+
+
+def _additions_in(where: Where, roles: Sequence[int], images: Images, device: torch.device) -> list[_Addition]:
     # To attend to nothing but copies of the same tokens is to attend to them once: so with the uncond of all pictures.
     distinct = {role: _once(images.get(role, ())) for role in dict.fromkeys(roles)}
     whole = {
@@ -179,8 +218,8 @@ def _additions(roles: Sequence[int], images: Images, device: torch.device) -> li
             values = [evenly([t[0] for t in layer]) for layer in zip(*(i.values for i in together), strict=True)]
             if not any(t is None for t in (*keys, *values)):
                 folded = ImageKV(tuple(keys), tuple(values))  # type: ignore[arg-type]
-                return [_Addition(None if index == slice(0, len(roles)) else index, folded)]
-    return [_Addition(_index(rows[role], len(roles), device), image) for role, image in whole.items()]
+                return [_Addition(None if index == slice(0, len(roles)) else index, folded, where)]
+    return [_Addition(_index(rows[role], len(roles), device), image, where) for role, image in whole.items()]
 
 
 @dataclass(frozen=True)
@@ -195,6 +234,8 @@ class Plan:
     """Text tokens of the K that the host computes."""
     added: tuple[_Addition, ...]
     """What decoupled units add."""
+    masking: Masking | None = None
+    """The masks; None if there are none."""
     layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
     """Those made so far: each is used in many UNet calls."""
 
@@ -234,7 +275,18 @@ class Plan:
             out = base(q, keys, values, heads)
         elif replaced is None:
             extended = zip(self.joined, self.extended(layer, BOTH, k, v), strict=True)
-            out = self._together([attention(each.pick(q), keys, values, heads) for each, (keys, values) in extended])
+            out = self._together(
+                [
+                    self._attend_group(each, each.pick(q), keys, values, heads, attention)
+                    for each, (keys, values) in extended
+                ]
+            )
+        elif any(group.runs for group in self.joined):
+            raise IPAdapterError(
+                "Something else replaces this cross-attention layer (another extension, or an earlier patch_model), "
+                "and a mask in one softmax with the text has to be inside of it: choose the formulation decoupled, "
+                "take out the unit's masks, or switch off the other extension."
+            )
         else:
             raise IPAdapterError(
                 "Something else replaces this cross-attention layer (another extension, or an earlier patch_model) "
@@ -245,8 +297,17 @@ class Plan:
 
     @property
     def uniform(self) -> bool:
-        """All rows get equally many tokens, so that text and image tokens can stand in one tensor."""
-        return len(self.joined) == 1
+        """All rows get equally many tokens, so that text and image tokens can stand in one tensor, and none a mask."""
+        return len(self.joined) == 1 and not self.joined[0].runs
+
+    def _attend_group(
+        self, group: _Group, q: Tensor, keys: Tensor, values: Tensor, heads: int, attention: Attention
+    ) -> Tensor:
+        """One softmax over text and image, for which hosts take no masks."""
+        if not group.runs or self.masking is None:
+            return attention(q, keys, values, heads)
+        bias = self.masking.bias(group.runs, group.all_text_tokens, q.shape[1])
+        return scaled_dot_product(q, keys, values, heads, bias)
 
     def extended(self, layer: int, which: slice, *texts: Tensor) -> list[tuple[Tensor, ...]]:
         """For each group ``[R, M + T, C]``: its rows' image tokens behind their text; without ``texts`` alone.
@@ -265,6 +326,8 @@ class Plan:
 
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         """The groups' rows as a batch."""
+        if len(parts) == 1:
+            return parts[0]
         if all(isinstance(group.index, slice) for group in self.joined):
             return torch.cat(tuple(parts))  # they are in order
         out = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -276,7 +339,12 @@ class Plan:
         """``out``, the layer's output before ``to_out``, with what the decoupled units add."""
         for addition in self.added:
             part = addition.attend(layer, q, heads)
-            out = out + part if addition.index is None else _changed(out, addition.index, out[addition.index] + part)
+            rows = out if addition.index is None else out[addition.index]
+            if addition.where and self.masking is not None:
+                rows = torch.addcmul(rows, part, self.masking.factor(addition.where, q.shape[1]))
+            else:
+                rows = rows + part
+            out = rows if addition.index is None else _changed(out, addition.index, rows)
         return out
 
     def gate(self, layer: int, q: Tensor, k: Tensor, out: Tensor, heads: int) -> Tensor:
@@ -284,7 +352,8 @@ class Plan:
 
         For hosts that let nobody between ``q, k, v`` and the output. With lse the log-sum-exp of a query's scaled
         logits, one softmax over both is ``(1 - g) out + g out_image``, ``g = sigmoid(lse_image - lse_text)``. The
-        text's logits are computed a second time.
+        text's logits are computed a second time. Of image tokens with several masks m, each run is an attention of its
+        own, and all are mixed by a softmax over ``lse + log m``; that of the text has no mask.
         """
         if not self.joined:
             return out
@@ -292,6 +361,10 @@ class Plan:
             if not group.image_tokens:
                 continue
             rows = group.pick(out)
+            if group.runs and self.masking is not None:
+                joined = _mixed(group, rows, group.pick(q), group.pick(k), keys, values, heads, self.masking)
+                out = joined if group.index is None else _changed(out, group.index, joined)
+                continue
             image = scaled_dot_product(group.pick(q), keys, values, heads)
             text_lse = _log_sum_exp(group.pick(q), group.pick(k)[:, : group.text_tokens], heads)
             if group.text_repeats > 1:
@@ -301,6 +374,24 @@ class Plan:
             joined = rows + share * (image - rows)
             out = joined if group.index is None else _changed(out, group.index, joined)
         return out
+
+
+def _mixed(
+    group: _Group, out: Tensor, q: Tensor, k: Tensor, keys: Tensor, values: Tensor, heads: int, masking: Masking
+) -> Tensor:
+    """The masked case of :meth:`Plan.gate` for the rows of a group."""
+    outs = [out]
+    sums = [_log_sum_exp(q, k[:, : group.text_tokens], heads) + math.log(group.text_repeats)]
+    counts = [tokens for _, tokens in group.runs]
+    for (where, _), some_keys, some_values in zip(
+        group.runs, torch.split(keys, counts, dim=1), torch.split(values, counts, dim=1), strict=True
+    ):
+        outs.append(scaled_dot_product(q, some_keys, some_values, heads))
+        found = _log_sum_exp(q, some_keys, heads)
+        sums.append(found + masking.log(where, q.shape[1]) if where else found)
+    shares = torch.stack(sums).softmax(dim=0).to(out.dtype)  # the text's sum is finite, whatever the masks say
+    parts = [share.unsqueeze(-1) * each.reshape(*share.shape, -1) for share, each in zip(shares, outs, strict=True)]
+    return reduce(torch.add, parts).flatten(2)
 
 
 def _changed(whole: Tensor, index: slice | Tensor, part: Tensor) -> Tensor:
@@ -323,6 +414,7 @@ def make_plan(
     device: torch.device,
     layers: Sequence[int] | None = None,
     balanced: Sequence[bool] = (),
+    masking: Masking | None = None,
 ) -> Plan:
     """The plan for one kind of call.
 
@@ -334,6 +426,7 @@ def make_plan(
         device: where index tensors go.
         layers: those that it is for; None: all.
         balanced: of each joint unit whether all its pictures weigh as much as one; empty: none does.
+        masking: the masks, if any picture has one.
     """
     pairs = zip(joint, balanced or (False,) * len(joint), strict=True)
     units = [each for unit, even in pairs for each in _alike(unit, even) if any(map(each.images.get, call.roles))]
@@ -344,7 +437,7 @@ def make_plan(
         {layer: {role: _images(role, units, layer) for role in set(call.roles)} for layer in layers} if units else {}
     )
     additions = [addition for images in added for addition in _additions(call.roles, images, device)]
-    return Plan(tuple(joined), images, text_tokens, tuple(additions))
+    return Plan(tuple(joined), images, text_tokens, tuple(additions), masking)
 
 
 @dataclass(frozen=True)

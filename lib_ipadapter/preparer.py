@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +25,8 @@ from .injection import Term
 from .kept import Kept
 from .layer_weights import LayerWeights, on_unet
 from .library import Library
+from .mask_pictures import MaskPictures, PreparedMasks, told
+from .masks import Canvas, Mask, Where
 from .pictures import read_picture
 from .places import Batch, Place, place_of
 from .plan import ImageKV
@@ -47,6 +49,8 @@ class Part:
     unconds: tuple[ImageKV, ...]
     weigh: Callable[[float | None], Weighed | Unweighed]
     """All of them at a weight; None: at one that changes while sampling."""
+    where: Mapping[int, tuple[Where, ...]]
+    """By role, where on the canvas each of them acts; empty: everywhere."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class PreparedUnit:
     uncond: str
     parts: tuple[Part, ...]
     fingerprint: str
+    masks: PreparedMasks
     hashes: tuple[str, ...]
     """Of the content of each picture of the unit, also those that take no part; '' for a saved reference."""
     negative_hashes: tuple[str, ...] = ()
@@ -87,18 +92,31 @@ class PreparedUnit:
         weight = self.unit.weight * curve.only if curve.only else None
         placed = [(part, part.place.items(batch)) for part in self.parts]
         return [
-            Term(self.formulation, window, part.weigh(weight), curve, items, self.unit.balance)
+            Term(self.formulation, window, part.weigh(weight), curve, items, self.unit.balance, part.where)
             for part, items in placed
             if items is None or items
         ]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether any picture acts in a part of the canvas alone."""
+        return any(self.masks.where)
+
+    def on_canvas(self, canvas: Canvas) -> list[str]:
+        """Puts the masks on a pass's canvas, and says what is odd about that."""
+        return [sentence for where in dict.fromkeys(self.masks.where) if where for sentence in told(where, canvas)]
 
     @property
     def by_hash(self) -> Unit:
         """The unit with its pictures by the hash of their content."""
         return replace(
             self.unit,
-            images=_by_hash(self.unit.images, self.hashes),
+            images=tuple(
+                replace(ref, mask=mask)
+                for ref, mask in zip(_by_hash(self.unit.images, self.hashes), self.masks.images, strict=True)
+            ),
             negative_images=_by_hash(self.unit.negative_images, self.negative_hashes),
+            mask=self.masks.unit,
         )
 
     @property
@@ -111,6 +129,15 @@ def _by_hash(refs: Sequence[ImageRef], hashes: Sequence[str]) -> tuple[ImageRef,
     return tuple(
         replace(ref, data="", sha256=sha256) if sha256 else ref for ref, sha256 in zip(refs, hashes, strict=True)
     )
+
+
+def _where(masks: PreparedMasks, found: Found) -> Mapping[int, tuple[Where, ...]]:
+    """Where on the canvas found pictures act; a negative acts where the picture does that it stands against."""
+    conds = [masks.where[number] for number in found.owners]
+    if not any(conds):
+        return {}
+    unconds = tuple(conds[n % len(conds)] for n in range(len(found.unconds)))
+    return {COND: tuple(conds), UNCOND: unconds}
 
 
 class Preparer:
@@ -128,6 +155,7 @@ class Preparer:
         self.run = run
         self._first = first
         self.kept = Kept(limit, _weigh)
+        self._masks = MaskPictures(self.kept)
 
     def prepare(self, units: Sequence[Unit], info: UNetInfo, places: Sequence[Place | None] = ()) -> list[PreparedUnit]:
         """K/V of the pictures of a generation's units, and of none.
@@ -158,13 +186,15 @@ class Preparer:
         formulation = resolve_formulation(unit.formulation, kind.variant)
         widest = max(info.widths)
         only = curve_of(unit, hires=False).only
+        masks = self._masks.prepare(unit)
         parts = []
         for found in job.parts():
             by_layer = on_unet(unit.layers, info.keys, unit.weight, unit.composition_weight, len(found.conds))
             weigh_part = self._weigher(unit, found, formulation, widest, by_layer)
             if only:  # while there is time; what a later pass has in its place is weighed when that begins
                 weigh_part(unit.weight * only)
-            parts.append(Part(place or place_of(unit, found.number), found.conds, found.unconds, weigh_part))
+            where = _where(masks, found)
+            parts.append(Part(place or place_of(unit, found.number), found.conds, found.unconds, weigh_part, where))
         return PreparedUnit(
             unit,
             kind,
@@ -172,9 +202,10 @@ class Preparer:
             job.uncond,
             tuple(parts),
             fingerprint(path),
+            masks,
             job.hashes(unit.images),
             job.hashes(unit.negative_images),
-            job.stored(),
+            (*job.stored(), *masks.problems),
         )
 
     def _weigher(
@@ -246,6 +277,8 @@ def _weigh(value: object) -> int:
         return sum(map(_weigh, value))
     if isinstance(value, ImageKV):
         return sum(tensor.nbytes for tensor in (*value.keys, *value.values))
+    if isinstance(value, Mask):
+        return value.values.nbytes
     return value.nbytes if isinstance(value, (Tensor, Weighed)) else SMALL
 
 

@@ -27,6 +27,10 @@ class Call:
     """The share of the pass's UNet calls made before, 0…1; None: the host doesn't say."""
     items: tuple[int, ...] | None = None
     """Which item of the batch every row belongs to; None: nobody asked, or it can't be told."""
+    latent: tuple[int, int] | None = None
+    """Rows and columns of the latent that the UNet was called with; None: the host doesn't say."""
+    tiles: int = 1
+    """How many times the rows of the sampler's chunks there are; more than once in tiled calls."""
 
 
 def roles_of_rows(

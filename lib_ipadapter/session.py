@@ -21,6 +21,7 @@ from .hosts.loaded import loaded_unet
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
+from .masks import Canvas
 from .places import Batch, check_batch
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
@@ -51,6 +52,8 @@ class _Run:
     of_tags: list[PreparedUnit] = field(default_factory=list)
     """The units that they ask for."""
     identity: object = None
+    canvas: Canvas | None = None
+    """What the running pass draws."""
     failed: bool = False
 
     @property
@@ -215,6 +218,7 @@ class Session:
             if not any(takes_part(each.unit, run.batch.hires) for each in run.units):
                 self._host.detach(p)
                 return
+            run.canvas = self._canvas(p, run, x)
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -293,6 +297,17 @@ class Session:
             run.injection = None
         setattr(p, _RUN, None)
 
+    def _canvas(self, p: Any, run: _Run, latent: Any) -> Canvas | None:
+        """What the coming pass draws, with all masks on it; None where there are none, or the host gives no latent."""
+        masked = [each for each in run.units if each.is_masked]
+        if not masked or latent is None:
+            return None
+        canvas = Canvas((int(latent.shape[-2]), int(latent.shape[-1])), self._host.region(p))
+        sentences = [sentence for each in masked for sentence in each.on_canvas(canvas)]
+        for sentence in dict.fromkeys(sentences if run.passes == 0 else ()):
+            self._host.comment(p, sentence)
+        return canvas
+
     def _take_tags(self, p: Any, run: _Run, tagged: Tagged) -> None:
         """Prepares what the prompts' tags ask for, in place of what was asked for before."""
         pairs = [(self._unit_of(tag), place) for (tag, _), place in tagged.items()]
@@ -347,6 +362,7 @@ class Session:
             len(info.keys),
             lambda progress: _check_stops(run, progress),
         )
+        run.injection.canvas = run.canvas
         if before is not None:
             run.injection.continue_from(before)
         self._host.attach(p, run.injection)

@@ -22,6 +22,7 @@ from typing import Any
 
 from . import curves, layer_weights
 from .errors import IPAdapterError
+from .masks import TEMPLATES
 
 SCHEMA_VERSION = 1
 """Version of the unit's JSON, written with every unit; a newer one is refused, an older one is read."""
@@ -50,6 +51,7 @@ FOREIGN_NAMES = {
     "end": "stop",
     "ending_step": "stop",
     "guidance_end": "stop",
+    "effective_region_mask": "mask",
     "guidance_start": "start",
     "module": "model",
     "picture": "images",
@@ -71,6 +73,84 @@ MIDDLE: Crop = (0.5, 0.5, 1.0)
 ZOOM_RANGE = (1.0, 10.0)
 
 
+SHORTEST_PICTURE = 32
+"""Characters below which a mask's text can only be meant as a template's name: no picture is so few bytes."""
+
+
+@dataclass(frozen=True)
+class MaskRef:
+    """Where a unit, or one of its pictures, acts: nothing (everywhere), or one of three.
+
+    ``template`` is a key of :data:`.masks.TEMPLATES`, ``data`` a picture's bytes as text (base64 or a data URI),
+    ``sha256`` the hash of a picture that is kept. The picture is stretched over the canvas; white acts, black and what
+    is transparent don't. ``feather`` is the width of soft edges as a share of the canvas's shorter side, 0…1, and
+    ``invert`` turns the mask round.
+    """
+
+    template: str = ""
+    data: str = ""
+    sha256: str = ""
+    feather: float = 0.0
+    invert: bool = False
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, each.name) is each.default for each in fields(self)):
+            return  # the default of other classes, made before the functions that check exist
+        for name in ("template", "data", "sha256"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise IPAdapterError(f'The mask\'s "{name}" is {_shown(value)}; allowed is a text.')
+            if name != "data" or not value.strip():
+                object.__setattr__(self, name, value.strip())
+        given = [name for name in ("template", "data", "sha256") if getattr(self, name)]
+        if len(given) > 1:
+            raise IPAdapterError(
+                f"The mask has {' and '.join(f'{chr(34)}{name}{chr(34)}' for name in given)}; allowed is one of "
+                '"template", "data" (base64 or a data URI) and "sha256" (the hash of a kept picture).'
+            )
+        if self.template:
+            object.__setattr__(self, "template", _as_template(self.template))
+        if self.sha256:
+            object.__setattr__(self, "sha256", _as_hash("mask", self.sha256))
+        object.__setattr__(self, "feather", _as_number("feather", self.feather, WINDOW_RANGE))
+        _require_bool("invert", self.invert)
+        if not given and self != MaskRef():
+            raise IPAdapterError(
+                'The mask has "feather" or "invert" and nothing that they change; allowed is to give "template", '
+                '"data" or "sha256" too, or to leave them out.'
+            )
+
+    def __bool__(self) -> bool:
+        """Whether there is a mask."""
+        return bool(self.template or self.data or self.sha256)
+
+    @classmethod
+    def from_json(cls, value: object) -> MaskRef:
+        """Read a mask: a text (a template's name, base64, a data URI, or '' for none), or an object of the fields."""
+        if isinstance(value, MaskRef):
+            return value
+        if isinstance(value, str):
+            return cls() if not value.strip() else cls(template=value) if _is_name(value) else cls(data=value)
+        if isinstance(value, Mapping):
+            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
+            return cls(**value)
+        raise IPAdapterError(
+            f'The field "mask" is {_shown(value)}; allowed is a template\'s name, base64, a data URI, or an object '
+            'such as {"template": "left half", "feather": 0.1}.'
+        )
+
+    def to_json(self) -> str | dict[str, Any]:
+        """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
+        values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+        if not values:
+            return ""
+        says_all = list(values) == ["template"] or (list(values) == ["data"] and not _is_name(self.data))
+        return str(next(iter(values.values()))) if says_all else values
+
+
+NO_MASK = MaskRef()
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """One picture of a unit: its bytes as text (base64 or a data URI), the hash of an uploaded one, or a saved one.
@@ -79,7 +159,7 @@ class ImageRef:
     :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
     preparation "crop" takes (the others show the whole picture): x and y from 0 (left, top) to 1 (right, bottom) of
     the way that the square can go, and a zoom from 1 (the shorter side) to 10. A saved reference is encoded already,
-    so it has no crop.
+    so it has no crop. ``mask`` says where on the canvas this picture acts; with the unit's it is multiplied.
     """
 
     data: str = ""
@@ -87,6 +167,7 @@ class ImageRef:
     weight: float = 1.0
     crop: Crop = MIDDLE
     saved: str = ""
+    mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
         for name, value in (("data", self.data), ("sha256", self.sha256), ("saved", self.saved)):
@@ -103,14 +184,10 @@ class ImageRef:
             object.__setattr__(self, "saved", saved_name(self.saved))
         if self.sha256:
             object.__setattr__(self, "data", "")
-            lowered = self.sha256.lower()
-            if not _SHA256.fullmatch(lowered):
-                raise IPAdapterError(
-                    f'The picture\'s "sha256" is {_shown(self.sha256)}; allowed are 64 hexadecimal digits.'
-                )
-            object.__setattr__(self, "sha256", lowered)
+            object.__setattr__(self, "sha256", _as_hash("picture", self.sha256))
         object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
         object.__setattr__(self, "crop", _as_crop(self.crop))
+        object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
         if self.saved and self.crop != MIDDLE:
             raise IPAdapterError(
                 f'The picture\'s "crop" is given beside "saved" ({_shown(self.saved)}), which is encoded already; '
@@ -127,7 +204,7 @@ class ImageRef:
                 raise IPAdapterError("The picture is empty; allowed is base64 or a data URI, or leave it out.")
             return cls(data=value)
         if isinstance(value, Mapping):
-            _refuse_unknown(value, ("data", "sha256", "weight", "crop", "saved"))
+            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
             return cls(**value)
         raise IPAdapterError(
             f"The picture is {_shown(value)}; allowed is base64, a data URI, "
@@ -142,6 +219,8 @@ class ImageRef:
             values["weight"] = self.weight
         if self.crop != MIDDLE:
             values["crop"] = list(self.crop)
+        if self.mask:
+            values["mask"] = self.mask.to_json()
         return self.data if list(values) == ["data"] else values
 
 
@@ -165,7 +244,8 @@ class Unit:
     everywhere, or one in each generation or batch item. ``balance`` keeps the share of the pictures of a joint softmax
     at that of one. ``negative_images`` stand in place of the ``uncond`` source, and so do the pictures themselves made
     unrecognisable by ``noise`` of ``noise_strength``, 0…1; both together are those pictures with the noise.
-    ``uncond_weight`` multiplies the weight on the negative side.
+    ``uncond_weight`` multiplies the weight on the negative side. ``mask`` says where on the
+    canvas the unit acts.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -197,6 +277,7 @@ class Unit:
     noise: str = "none"
     noise_strength: float = 1.0
     uncond_weight: float = 1.0
+    mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
         _require_bool("enabled", self.enabled)
@@ -225,6 +306,7 @@ class Unit:
         if self.composition_weight is not None:
             value = _as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
             object.__setattr__(self, "composition_weight", value)
+        object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
         if self.uncond == "file" and not self.negative:
             raise IPAdapterError(
                 'The field "negative" is empty while "uncond" is "file"; allowed is a negative file by name '
@@ -251,6 +333,11 @@ class Unit:
                 f'The field "mixture" is "{self.mixture}" while "pictures" is "{self.pictures}", where each picture '
                 'is alone; allowed is a mixture of pictures "together", or "concat".'
             )
+        if self.mixture != "concat" and len({image.mask for image in self.acting_images}) > 1:
+            raise IPAdapterError(
+                f'The field "mixture" is "{self.mixture}", which makes one of all pictures, while they have different '
+                'masks; allowed is one mask for all of them, the unit\'s own, or "concat".'
+            )
 
     def _check_negatives(self) -> None:
         given = "negative_images" if self.negative_images else "noise" if self.noise != "none" else ""
@@ -264,6 +351,11 @@ class Unit:
                 f'The field "negative_images" has {len(self.negative_images)} pictures and "images" '
                 f'{len(self.images)} while "pictures" is "{self.pictures}"; allowed are at most as many negative '
                 "pictures, since each picture has one."
+            )
+        if any(ref.mask for ref in self.negative_images):
+            raise IPAdapterError(
+                'The field "negative_images" has a picture with a mask; allowed are masks of "images", for a negative '
+                "picture acts where the picture does that it stands against."
             )
         for ref in self.negative_images:
             if ref.saved and self.noise != "none":
@@ -306,8 +398,7 @@ class Unit:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                is_pictures = field.name in PICTURE_FIELDS
-                values[field.name] = [image.to_json() for image in value] if is_pictures else value
+                values[field.name] = _as_json(value)
         return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
@@ -396,6 +487,12 @@ def _is_unused(slot: object) -> bool:
     return slot is None or (isinstance(slot, str) and not slot.strip())
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [image.to_json() for image in value]
+    return value.to_json() if isinstance(value, MaskRef) else value
+
+
 def _parse_object(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_pairs)
@@ -480,6 +577,35 @@ def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
             f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
         )
     return number + 0.0  # −0.0 becomes 0.0
+
+
+def _as_hash(owner: str, value: str) -> str:
+    lowered = value.lower()
+    if not _SHA256.fullmatch(lowered):
+        raise IPAdapterError(f'The {owner}\'s "sha256" is {_shown(value)}; allowed are 64 hexadecimal digits.')
+    return lowered
+
+
+def _is_name(text: str) -> bool:
+    """Whether a mask's text is the name of a template, or meant as one."""
+    text = text.strip()
+    return _template_key(text) in TEMPLATES or (len(text) < SHORTEST_PICTURE and text[:5].lower() != "data:")
+
+
+def _template_key(name: str) -> str:
+    return " ".join(name.lower().replace("-", " ").replace("_", " ").split())
+
+
+def _as_template(name: str) -> str:
+    key = _template_key(name)
+    if key not in TEMPLATES:
+        near = _nearest(key, tuple(TEMPLATES))
+        hint = f'the nearest is "{near}" and ' if near else ""
+        raise IPAdapterError(
+            f"The mask is {_shown(name)}, which is no template; {hint}allowed are "
+            f"{', '.join(TEMPLATES)}, base64 and a data URI."
+        )
+    return key
 
 
 def _as_curve(name: str, value: object) -> str:

@@ -27,7 +27,7 @@ LABELS = [
     for unit in ("", " 2")
     for field in (
         *("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing"),
-        *("curve", "hires", "layers", "mixture"),
+        *("curve", "hires", "layers", "mixture", "mask"),
     )
 ]
 
@@ -71,6 +71,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("curve", "1@0; 0.2@1, 0.5@0.3", [{"curve": "1@0, 0.2@1"}, {"curve": "0.5@0.3"}]),
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
     ("mixture", "average, add", [{"mixture": "average"}, {"mixture": "add"}]),
+    ("mask", "left half, centre", [{"mask": "left half"}, {"mask": "centre"}]),
     (
         "model",
         "demo-plus-sd15.safetensors, demo-base-sd15.safetensors",

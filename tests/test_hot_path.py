@@ -26,6 +26,7 @@ from lib_ipadapter.hosts.base import UNetInfo
 from lib_ipadapter.hosts.comfy import _chained
 from lib_ipadapter.injection import Injection, Term
 from lib_ipadapter.layers import LAYOUTS, first_in_forward_order
+from lib_ipadapter.masks import Canvas, Mask, Where, grids, of_template
 from lib_ipadapter.plan import ImageKV, Plan
 from lib_ipadapter.progress import Window
 from lib_ipadapter.reweighing import Unweighed
@@ -83,10 +84,12 @@ def injection(
     pictures: int,
     window: Window = Window(),  # noqa: B008
     first: int = UNCOND,
+    places: tuple[Where, ...] = (),
 ) -> Injection:
     prompts = {COND: tuple(picture(layout) for _ in range(pictures)), UNCOND: (picture(layout),) * pictures}
     weighed = weigh(prompts, formulation, 0.7, (), 1280, first)
-    return Injection([Term(formulation, window, weighed)], len(LAYERS[layout]))
+    where = dict.fromkeys(prompts, places) if places else {}
+    return Injection([Term(formulation, window, weighed, where=where)], len(LAYERS[layout]))
 
 
 def on_a_curve(layout: str, formulation: Formulation, pictures: int, curve: str, first: int = UNCOND) -> Injection:
@@ -141,6 +144,51 @@ def steady(layout: str, made: Injection, call: Call) -> Operations:
         assert again.counts == operations.counts
         assert again.allocated == operations.allocated
     return operations
+
+
+LATENT = (2, 4)
+"""Has 8 queries, as all layers here."""
+LEFT, RIGHT = (of_template("left half"),), (of_template("right half"),)
+
+
+@pytest.fixture
+def masked_attention_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``attention_is_one``, also with a bias."""
+    monkeypatch.setattr(plan_module, "scaled_dot_product", lambda q, k, v, heads, bias=None: q.neg())
+
+
+@pytest.mark.usefixtures("masked_attention_is_one")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_masked_picture_is_an_attention_and_a_sum_of_products(batch: int) -> None:
+    made = injection("sdxl", DECOUPLED, 1, places=(LEFT,))
+    operations = steady("sdxl", made, Call(rows(batch), 0.5, EQUAL, latent=LATENT))
+    assert operations.counts == {"neg": 70, "addcmul": 70}
+
+
+@pytest.mark.usefixtures("masked_attention_is_one")
+@pytest.mark.parametrize("places", [(LEFT,), (LEFT, RIGHT), (LEFT, (), LEFT)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_masks_in_the_softmax_are_a_copy_and_an_attention(places: tuple[Where, ...], batch: int) -> None:
+    made = injection("sdxl", JOINT, len(places), places=places)
+    operations = steady("sdxl", made, Call(rows(batch), 0.5, EQUAL, latent=LATENT))
+    assert operations.counts["cat"] == operations.counts["neg"] == 70
+    assert set(operations.counts) <= {"cat", "neg", "clone"}
+    assert not TRAFFIC & set(operations.counts)
+
+
+def test_masks_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the whole pass, whatever kinds of calls it has."""
+    made = injection("sdxl", JOINT, 2, places=(LEFT, RIGHT))
+    made.canvas = Canvas(LATENT)
+    calls: list[int] = []
+    original = Mask.on
+    monkeypatch.setattr(Mask, "on", lambda self, *args: calls.append(1) or original(self, *args))  # type: ignore[func-returns-value]
+    for batch in (1, 2, 3):
+        plan = made.plan(Call(rows(batch), 0.5, EQUAL, latent=LATENT), TEXT, torch.device("cpu"), torch.float32)
+        q, k, v = (torch.zeros(2 * batch, n, 640) for n in (QUERIES, TEXT, TEXT))
+        for _ in range(2):
+            plan.attend(0, q, k, v, 8, plan_module.scaled_dot_product, None)
+    assert len(calls) == 2 * len(grids(*LATENT))
 
 
 def rows(batch: int) -> tuple[int, ...]:
@@ -347,7 +395,7 @@ def a1111_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Injection,
         hooks[0].begin_step({COND: text, UNCOND: text})
         inputs = {w: [torch.empty(2 * batch, n, w, device=META) for n in (QUERIES, TEXT, TEXT)] for w in set(widths)}
         with torch.no_grad():
-            rows = (torch.empty(2 * batch, 4, 8, 8), torch.full((2 * batch,), 500.0), torch.cat((text, text)))
+            rows = (torch.empty(2 * batch, 4, *LATENT), torch.full((2 * batch,), 500.0), torch.cat((text, text)))
             hooks[0]._before_unet(unet, rows, {})
             with Operations() as operations:
                 for layer in layers.values():
@@ -371,6 +419,19 @@ def test_hooks_outside_a_window_do_nothing(a1111_step: Callable[[Injection, int]
     made = injection("sdxl", JOINT, 2, Window(0.9, 1.0), first=COND)
     a1111_step(made, 2)
     assert a1111_step(made, 2).counts == {}
+
+
+@pytest.mark.usefixtures("masked_attention_is_one")
+@pytest.mark.parametrize("formulation", [JOINT, DECOUPLED])
+def test_masks_through_hooks_move_and_read_nothing(
+    a1111_step: Callable[[Injection, int], Operations], formulation: Formulation
+) -> None:
+    made = injection("sdxl", formulation, 2, first=COND, places=(LEFT, RIGHT))
+    a1111_step(made, 2)
+    operations = a1111_step(made, 2)
+    assert operations.counts == a1111_step(made, 2).counts
+    # Logits are summed in float32, to which tensors of that type aren't moved.
+    assert not TRAFFIC & set(operations.counts)
 
 
 # Would it be seen?

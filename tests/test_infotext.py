@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
+from lib_ipadapter.masks import TEMPLATES
 from lib_ipadapter.units import (
     HIRES,
     MIXTURES,
+    NO_MASK,
     NOISES,
     PICTURES,
     PREPARATIONS,
@@ -27,6 +29,7 @@ from lib_ipadapter.units import (
     UNCONDS,
     UNIT_SLOTS,
     ImageRef,
+    MaskRef,
     Unit,
 )
 from tests.curve_points import curve_texts
@@ -69,11 +72,18 @@ parts = st.floats(0, 1)
 crops = st.tuples(parts, parts, st.floats(1, 10))
 weights = st.floats(-5, 5)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+masks = st.just(NO_MASK) | st.builds(
+    lambda source, feather, invert: MaskRef(**source, feather=feather, invert=invert),
+    hashes.map(lambda text: {"sha256": text}) | st.sampled_from(sorted(TEMPLATES)).map(lambda name: {"template": name}),
+    st.just(0.0) | parts,
+    st.booleans(),
+)
 names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
     lambda text: unicodedata.normalize("NFC", text) == text
 )
-saved_images = st.builds(ImageRef, saved=names | st.sampled_from(("name x", "weight 1 name  a")), weight=weights)
-images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops) | saved_images
+odd_names = st.sampled_from(("name x", "weight 1 name  a", "mask name a"))
+saved_images = st.builds(ImageRef, saved=names | odd_names, weight=weights, mask=masks)
+images = st.builds(ImageRef, sha256=hashes, weight=weights, crop=crops, mask=masks) | saved_images
 
 
 @st.composite
@@ -81,15 +91,18 @@ def units(draw: st.DrawFn) -> Unit:
     """Any unit whose pictures are given by hash."""
     start, stop = sorted(draw(st.tuples(parts, parts).filter(lambda pair: pair[0] != pair[1])))
     pictures = tuple(draw(st.lists(images, max_size=4)))
-    negatives = tuple(draw(st.lists(images, max_size=max(1, len(pictures)))))
+    negatives = tuple(replace(each, mask=NO_MASK) for each in draw(st.lists(images, max_size=max(1, len(pictures)))))
     noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*pictures, *negatives)) else "none"
     uncond = "auto" if negatives or noise != "none" else draw(st.sampled_from(UNCONDS))
     places = draw(st.sampled_from(PICTURES))
+    mixture = draw(st.sampled_from(MIXTURES)) if places == "together" else "concat"
+    if mixture != "concat":
+        pictures = tuple(replace(each, mask=NO_MASK) for each in pictures)
     return Unit(
         enabled=draw(st.booleans()),
         model=draw(st.one_of(st.just(""), texts)),
         images=pictures,
-        mixture=draw(st.sampled_from(MIXTURES)) if places == "together" else "concat",
+        mixture=mixture,
         pictures=places,
         balance=draw(st.booleans()),
         negative_images=negatives,
@@ -111,6 +124,7 @@ def units(draw: st.DrawFn) -> Unit:
         nested=draw(st.booleans()),
         layers=draw(layer_texts),
         composition_weight=draw(st.none() | st.floats(-5, 5)),
+        mask=draw(masks),
     )
 
 
@@ -183,6 +197,42 @@ def test_a_plain_unit_reads_well() -> None:
     }
 
 
+def test_masks_read_well() -> None:
+    images = (
+        ImageRef(sha256=HASH, weight=0.5, mask=MaskRef(template="top left quarter", feather=0.1)),
+        ImageRef(sha256=HASH, mask=MaskRef(sha256=HASH)),
+    )
+    unit = Unit(model="a", images=images, mask=MaskRef(template="left half", invert=True))
+    keys = write({1: unit})
+    assert keys == {
+        "IP-Adapter 1": "model: a, weight: 1, mask: left-half inverted, "
+        f"picture 1: {HASH} weight 0.5 mask top-left-quarter feather 0.1, picture 2: {HASH} mask {HASH}"
+    }
+    found = parse(through_host(keys), has_picture=lambda _: False)
+    assert found.units[0] == unit
+    assert any(note.startswith(f"Unit 1: the mask of picture 2 ({HASH}) isn't kept here") for note in found.notes)
+
+
+def test_hashes_of_masks_can_be_left_out() -> None:
+    unit = Unit(model="a", images=(ImageRef(sha256=HASH),), mask=MaskRef(sha256="e" * 64, feather=0.5))
+    keys = write({1: unit}, hashes=False)
+    assert "mask: hidden feather 0.5" in keys["IP-Adapter 1"]
+    found = parse(keys)
+    assert found.units[0] == Unit(model="a")
+    assert "Unit 1: the infotext has no hash of its mask, so add it again." in found.notes
+    template = replace(unit, mask=MaskRef(template="centre"))
+    assert parse(write({1: template}, hashes=False)).units[0] == replace(template, images=())
+
+
+@pytest.mark.parametrize("mask", ["left-haf", "", "left-half feather", "left-half feather 7", HASH[:-1]])
+def test_a_mask_that_cannot_be_read_is_said(mask: str) -> None:
+    for text in (f"mask: {mask}, picture 1: {HASH}", f"picture 1: {HASH} mask {mask}"):
+        found = parse({"IP-Adapter 1": text})
+        assert found.units[0] == Unit(images=(ImageRef(sha256=HASH),))
+        (note,) = found.notes
+        assert "mask" in note and "can't be read, so choose it again" in note
+
+
 def test_several_units_keep_their_numbers() -> None:
     wanted = {n: Unit(model=f"{n}.safetensors", images=(ImageRef(sha256=HASH),)) for n in (1, 3, UNIT_SLOTS)}
     found = parse(through_host(write(wanted)))
@@ -210,11 +260,11 @@ def test_an_older_version_is_read() -> None:
 
 def test_what_a_newer_version_wrote_is_kept_and_named() -> None:
     text = (
-        f'model: x.bin, weight: 0.5, mask: "a, b: c", formulation: triple (soft), picture 1: {HASH} weight 2 tint red'
+        f'model: x.bin, weight: 0.5, veil: "a, b: c", formulation: triple (soft), picture 1: {HASH} weight 2 tint red'
     )
     found = parse(through_host({"IP-Adapter 1": text}))
     assert found.units[0] == Unit(model="x.bin", weight=0.5, images=(ImageRef(sha256=HASH, weight=2),))
-    assert found.unknown == {1: {"mask": '"a, b: c"', "formulation": "triple (soft)", "picture 1 tint": "red"}}
+    assert found.unknown == {1: {"veil": '"a, b: c"', "formulation": "triple (soft)", "picture 1 tint": "red"}}
     (note,) = found.notes
     for name in found.unknown[1]:
         assert name in note
@@ -279,6 +329,8 @@ def test_a_unit_beyond_the_slots_is_named() -> None:
 def test_only_hashes_are_written() -> None:
     with pytest.raises(ValueError, match="by its hash"):
         write({1: Unit(images=(ImageRef(data="aGk="),))})
+    with pytest.raises(ValueError, match="by its hash"):
+        write({1: Unit(mask=MaskRef(data="aGk="))})
 
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286

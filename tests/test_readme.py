@@ -69,7 +69,7 @@ def test_the_defaults_are_those_shown() -> None:
     default = Unit()
     for name, value in shown.items():
         if name not in ("model", "images", "negative_images"):
-            assert getattr(default, name) == value
+            assert getattr(default, name) == getattr(Unit.from_json({name: value}), name)
     assert set(shown) == set(Unit.__dataclass_fields__)
 
 

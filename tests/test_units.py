@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_ipadapter.errors import IPAdapterError
+from lib_ipadapter.masks import TEMPLATES
 from lib_ipadapter.units import (
     FOREIGN_NAMES,
     FORMULATIONS,
     HIRES,
     MIDDLE,
     MIXTURES,
+    NO_MASK,
     NOISES,
     PICTURES,
     PREPARATIONS,
@@ -29,6 +31,7 @@ from lib_ipadapter.units import (
     UNCONDS,
     UNIT_SLOTS,
     ImageRef,
+    MaskRef,
     Unit,
     parse_script_args,
 )
@@ -53,11 +56,18 @@ names = st.from_regex(r"[\w.-]([\w .-]{0,20}[\w.-])?", fullmatch=True).filter(
     lambda text: unicodedata.normalize("NFC", text) == text
 )
 crops = st.just(MIDDLE) | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(1, 10))
+mask_refs = st.just(NO_MASK) | st.builds(
+    lambda source, feather, invert: MaskRef(**source, feather=feather, invert=invert),
+    sources | st.sampled_from(sorted(TEMPLATES)).map(lambda name: {"template": name}),
+    st.just(0.0) | st.floats(0, 1),
+    st.booleans(),
+)
 image_refs = st.builds(
-    lambda source, weight, crop: ImageRef(**source, weight=weight, crop=crop),
+    lambda source, weight, crop, mask: ImageRef(**source, weight=weight, crop=crop, mask=mask),
     sources,
     st.just(1.0) | st.floats(-5, 5),
     crops,
+    mask_refs,
 ) | st.builds(ImageRef, saved=names, weight=st.floats(-5, 5))
 
 
@@ -66,11 +76,16 @@ def mixing(draw: st.DrawFn) -> dict[str, Any]:
     """Fields about several pictures that are allowed together, ``uncond`` being "auto"."""
     images = tuple(draw(st.lists(image_refs, max_size=3)))
     pictures = draw(st.sampled_from(PICTURES))
-    negatives = tuple(draw(st.lists(image_refs, max_size=max(1, len(images)))))
+    mixture = draw(st.sampled_from(MIXTURES)) if pictures == "together" else "concat"
+    if mixture != "concat":
+        images = tuple(dataclasses.replace(ref, mask=NO_MASK) for ref in images)
+    negatives = tuple(
+        dataclasses.replace(ref, mask=NO_MASK) for ref in draw(st.lists(image_refs, max_size=max(1, len(images))))
+    )
     noise = draw(st.sampled_from(NOISES)) if not any(ref.saved for ref in (*images, *negatives)) else "none"
     return {
         "images": images,
-        "mixture": draw(st.sampled_from(MIXTURES)) if pictures == "together" else "concat",
+        "mixture": mixture,
         "pictures": pictures,
         "balance": draw(st.booleans()),
         "negative_images": negatives,
@@ -105,6 +120,7 @@ def units(draw: st.DrawFn) -> Unit:
         nested=draw(st.booleans()),
         layers=draw(layer_texts),
         composition_weight=draw(st.none() | st.floats(-5, 5)),
+        mask=draw(mask_refs),
     )
 
 
@@ -169,6 +185,7 @@ def test_the_defaults_are_the_schema_s() -> None:
         "noise": "none",
         "noise_strength": 1.0,
         "uncond_weight": 1.0,
+        "mask": dataclasses.asdict(NO_MASK),
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 
@@ -211,6 +228,72 @@ def test_wrong_weights_and_crops_of_a_picture(given_value: dict[str, Any], words
     message = sentence_of(Unit.from_json, {"images": [PICTURE, {"sha256": SHA256, **given_value}]})
     assert message.startswith('The field "images", picture 2 of 2: ')
     assert re.search(words, message), message
+
+
+MASKS = [
+    ("left half", MaskRef(template="left half"), "left half"),
+    (" Top-Left_quarter ", MaskRef(template="top left quarter"), "top left quarter"),
+    ({"template": "edges", "feather": "0.1"}, MaskRef(template="edges", feather=0.1), None),
+    ({"template": "edges", "feather": 0, "invert": False}, MaskRef(template="edges"), "edges"),
+    (PICTURE, MaskRef(data=PICTURE), PICTURE),
+    ({"data": PICTURE, "invert": True}, MaskRef(data=PICTURE, invert=True), None),
+    ({"data": "centre"}, MaskRef(data="centre"), {"data": "centre"}),
+    ({"sha256": SHA256.upper()}, MaskRef(sha256=SHA256), {"sha256": SHA256}),
+    ("", NO_MASK, None),
+    ("  ", NO_MASK, None),
+    ({}, NO_MASK, None),
+]
+
+
+@pytest.mark.parametrize(("given_value", "wanted", "written"), MASKS)
+def test_masks_of_units_and_pictures(given_value: Any, wanted: MaskRef, written: Any) -> None:
+    unit = Unit.from_json({"mask": given_value, "images": [{"data": PICTURE, "mask": given_value}]})
+    assert unit.mask == unit.images[0].mask == wanted
+    assert Unit.from_json(unit.to_json()) == unit
+    if written is not None:
+        assert json.loads(unit.to_json())["mask"] == written
+        assert json.loads(unit.to_json())["images"][0]["mask"] == written
+    if not wanted:
+        assert "mask" not in unit.to_json()
+
+
+@pytest.mark.parametrize(
+    ("given_value", "words"),
+    [
+        (
+            "left haf",
+            r'mask is "left haf", which is no template; the nearest is "left half" and allowed are left half, ',
+        ),
+        ({"template": "nowhere"}, 'mask is "nowhere"'),
+        (3, 'field "mask" is 3'),
+        (None, 'field "mask" is null'),
+        ([], 'field "mask" is a list'),
+        ({"template": "centre", "data": PICTURE}, 'mask has "template" and "data"; allowed is one of'),
+        ({"sha256": "abc"}, 'mask\'s "sha256" is "abc"; allowed are 64 hexadecimal digits'),
+        ({"template": 3}, 'mask\'s "template" is 3; allowed is a text'),
+        ({"template": "centre", "feather": 1.5}, 'field "feather" is 1.5; allowed is a finite number from 0 to 1'),
+        ({"template": "centre", "invert": "yes"}, 'field "invert" is "yes"; allowed are true and false'),
+        ({"feather": 0.5}, 'mask has "feather" or "invert" and nothing that they change'),
+        ({"invert": True}, "nothing that they change"),
+        ({"feather": False}, 'field "feather" is false'),
+        ({"templat": "centre"}, '"template"'),
+    ],
+)
+@pytest.mark.parametrize("of_picture", [True, False])
+def test_wrong_masks(given_value: Any, words: str, of_picture: bool) -> None:
+    values = {"images": [{"data": PICTURE, "mask": given_value}]} if of_picture else {"mask": given_value}
+    assert words in sentence_of(Unit.from_json, values)
+
+
+def test_masks_and_mixtures() -> None:
+    left, right = (ImageRef(data=PICTURE, mask=MaskRef(template=name)) for name in ("left half", "right half"))
+    Unit(images=(left, right))
+    Unit(images=(left, left), mixture="average", mask=MaskRef(template="top half"))
+    Unit(images=(left, dataclasses.replace(right, weight=0)), mixture="average")
+    with pytest.raises(IPAdapterError, match='"mixture" is "average", which makes one of all pictures'):
+        Unit(images=(left, right), mixture="average")
+    with pytest.raises(IPAdapterError, match='"negative_images" has a picture with a mask'):
+        Unit(images=(left,), negative_images=(right,))
 
 
 def test_pictures_that_take_part() -> None:

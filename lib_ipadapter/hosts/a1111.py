@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import IPAdapterError
 from ..injection import Injection
 from ..layout import KEYS, VALUES
+from ..masks import Region
 from ..plan import LayeredPlan, Plan
 from ..progress import Progress, executed, known, progress_of_timestep
 from ..rows import COND, Call, items_in_order
@@ -26,7 +27,7 @@ from ..texts import parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_nested, queue, wrap_sampler
+from .job import drawn_region, fail, is_nested, queue, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -104,6 +105,10 @@ class A1111Host(ModelFolders):
             self._hooks.begin_step(step_texts(params), executed(params), parts)
 
     # The job
+
+    def region(self, p: Any) -> Region:
+        """See :class:`.base.Host`."""
+        return drawn_region(p)
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """See :class:`.base.Host`."""
@@ -193,7 +198,8 @@ class _Hooks:
         progress: Progress = lambda: progress_of_timestep(float(timesteps[0]))  # noqa: E731
         # Found out here if at all: the device has less to do before the UNet's first layers are launched than after.
         progress = known(progress) if self._injection.asks_progress else progress
-        self._call = Call(roles, progress, executed=self._executed, items=items)
+        latent = (int(x.shape[-2]), int(x.shape[-1]))
+        self._call = Call(roles, progress, executed=self._executed, items=items, latent=latent)
         self._plan = None
 
     def _items_of(self, rows: int) -> tuple[int, ...] | None:

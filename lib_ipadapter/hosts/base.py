@@ -13,6 +13,7 @@ from torch import nn
 
 from ..injection import Injection
 from ..layers import LayerKey
+from ..masks import Region
 
 T = TypeVar("T")
 
@@ -74,6 +75,9 @@ class Host(Protocol):
 
     def on_step(self, params: Any) -> None:
         """Takes from the host's denoiser callback what the step's UNet calls will need."""
+
+    def region(self, p: Any) -> Region:
+        """The part of the canvas that the coming pass draws: less than all of it where it inpaints 'only masked'."""
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """Calls ``after`` when the coming pass has run to its end; what ``after`` raises ends the job."""

@@ -17,6 +17,7 @@ from ..attn2 import CurrentPlan, ExtraOptions, ReadCall, Replacement, make_repla
 from ..errors import ERROR_KEY, IPAdapterError
 from ..injection import Injection
 from ..layers import LayerKey, first_in_forward_order
+from ..masks import Region
 from ..plan import Attention
 from ..progress import SigmaSchedule, executed, scaled_linear_schedule
 from ..resident import bytes_there
@@ -25,7 +26,7 @@ from ..texts import known_parts, parts_of_items, roles_by_text, step_texts
 from .base import UNetInfo
 from .compute import on_device
 from .folders import ModelFolders
-from .job import fail, is_inside_another, is_nested, queue, skip_sampling, wrap_sampler
+from .job import drawn_region, fail, is_inside_another, is_nested, queue, skip_sampling, wrap_sampler
 from .unet import cross_attention, describe
 
 T = TypeVar("T")
@@ -160,8 +161,10 @@ class ComfyHost(ModelFolders):
 
         def read(sigmas: Tensor, extra_options: ExtraOptions, layer: int, q: Tensor, k: Tensor) -> Call:
             chunks = extra_options["cond_or_uncond"]
-            images, unet_rows = int(sigmas.shape[0]), int(extra_options["original_shape"][0])
+            images = int(sigmas.shape[0])
+            unet_rows, *_, rows, columns = map(int, extra_options["original_shape"])
             roles = roles_of_rows(chunks, images, q.shape[0], unet_rows)
+            tiles = max(1, unet_rows // max(1, len(chunks) * images))
             step = self._step
             if layer == first_layer:
                 step.count(chunks)
@@ -175,7 +178,7 @@ class ComfyHost(ModelFolders):
             # Here the device still has the UNet's first blocks to do: known since the step began, it costs no wait.
             known = step.progress if sigmas is step.sigmas else None
             progress = (lambda: self._progress(sigmas)) if known is None else known
-            return Call(roles, progress, step.text_tokens, step.executed, items)
+            return Call(roles, progress, step.text_tokens, step.executed, items, (rows, columns), tiles)
 
         return read
 
@@ -183,6 +186,10 @@ class ComfyHost(ModelFolders):
         return self._schedule().progress(float(sigmas[0]))
 
     # The job
+
+    def region(self, p: Any) -> Region:
+        """See :class:`.base.Host`."""
+        return drawn_region(p)
 
     def around_sampling(self, p: Any, after: Callable[[], None]) -> None:
         """See :class:`.base.Host`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ERROR_KEY, IPAdapterError
+from ..masks import PIXELS, WHOLE, Region
 
 SAMPLE_METHODS = ("sample", "sample_img2img")
 
@@ -68,6 +69,35 @@ def wrap_sampler(
         sample.image_prompt_original = original  # type: ignore[attr-defined]
         sample.image_prompt_wrapper = sample  # type: ignore[attr-defined]
         setattr(p.sampler, name, sample)
+
+
+def drawn_region(p: Any) -> Region:
+    """The part of the canvas that ``p``'s coming pass draws.
+
+    Inpainting 'only masked' takes a crop out of the picture to inpaint, which is the canvas, and scales it into the
+    latent; where the crop has another shape, it lies in the middle and what it lacks is filled with its edges. A hires
+    pass to a size of another shape than the first pass's cuts off both ends of what that has drawn.
+    """
+    paste_to, pictures = getattr(p, "paste_to", None), getattr(p, "init_images", None)
+    if getattr(p, "inpaint_full_res", False) and getattr(p, "image_mask", None) is not None and paste_to and pictures:
+        x, y, width, height = map(float, paste_to)
+        canvas_width, canvas_height = pictures[0].size
+        shape = p.width / p.height
+        wide, high = max(width, height * shape), max(height, width / shape)
+        left, top = x - (wide - width) / 2, y - (high - height) / 2
+        return Region(
+            left / canvas_width,
+            top / canvas_height,
+            (left + wide) / canvas_width,
+            (top + high) / canvas_height,
+            (canvas_width, canvas_height),
+        )
+    cut_x, cut_y = (int(getattr(p, name, 0) or 0) for name in ("truncate_x", "truncate_y"))
+    if getattr(p, "is_hr_pass", False) and (cut_x or cut_y):
+        columns, rows = p.hr_upscale_to_x // PIXELS, p.hr_upscale_to_y // PIXELS
+        left, top = (cut_x // 2) / columns, (cut_y // 2) / rows
+        return Region(left, top, left + (columns - cut_x) / columns, top + (rows - cut_y) / rows, (p.width, p.height))
+    return WHOLE
 
 
 def skip_sampling(p: Any) -> None:
