@@ -67,9 +67,8 @@ def injection_of(specs: Sequence[Spec], canvas: Canvas | None = Canvas(LATENT)) 
     terms = []
     for number, spec in enumerate(specs):
         weighed = weigh(spec.prompts(number), spec.formulation, spec.weight, (), WIDEST, UNCOND)
-        terms.append(
-            Term(spec.formulation, Window(), weighed, where={COND: tuple(spec.places), UNCOND: tuple(spec.places)})
-        )
+        where = dict.fromkeys((COND, UNCOND), tuple(spec.places))
+        terms.append(Term(spec.formulation, Window(), weighed, where=where, balance=spec.balance))
     made = Injection(terms, LAYERS)
     made.canvas = canvas
     return made
