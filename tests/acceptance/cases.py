@@ -62,6 +62,13 @@ def pair(**fields: Any) -> dict[str, Any]:
     return unit(**fields) | {"images": [PHOTOGRAPH, turned]}
 
 
+def halves() -> dict[str, Any]:
+    """A unit with two pictures, each on its half of the canvas."""
+    two = pair(formulation="decoupled")
+    sides = [{"template": f"{side} half", "feather": 0.1} for side in ("left", "right")]
+    return two | {"images": [{"data": data, "mask": mask} for data, mask in zip(two["images"], sides, strict=True)]}
+
+
 ScriptArgs = Callable[[Server], list[Any]]
 
 
@@ -140,6 +147,14 @@ def sd15_cases(webui: WebUI) -> list[Case]:
         ),
         Case("one picture per batch item", {"batch_size": 2}, units=(pair(pictures="one per batch item"),)),
         Case("average, noise as negative", units=(pair(mixture="average", noise="shuffle"),)),
+        Case("mask, joint", units=(unit(mask="left half"),)),
+        Case("soft masks by picture, decoupled", {"batch_size": 2}, units=(halves(),)),
+        Case(
+            "mask, inpaint only masked",
+            {**INPAINT, "inpaint_full_res": True},
+            units=(unit(mask="top half"),),
+            endpoint="img2img",
+        ),
         Case("balance of two pictures", units=(pair(balance=True),)),
         Case("batch of 2, count 2", {"batch_size": 2, "n_iter": 2}),
         Case("AND", {"prompt": "a lighthouse AND a ship :0.7", "batch_size": 2}),
