@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from lib_ipadapter.encoding import NEGATIVE_KEY
 from lib_ipadapter.pictures import picture_hash, read_picture
 from lib_ipadapter.progress import Window
-from lib_ipadapter.steps import acts_in, of_scheduler
+from lib_ipadapter.steps import of_scheduler
 from lib_ipadapter.units import Unit
 from tests import version_sets
 from tests.embedded.demo_models import make_demo_models
@@ -404,7 +404,7 @@ def test_the_line_below_start_and_stop_knows_the_schedule(page: Any) -> None:
     for name in ("Karras", "SGM Uniform"):
         page.click("#txt2img_scheduler input")
         page.click(f"#txt2img_scheduler :text('{name}')")
-        acting = acts_in(Window(0, 0.6), of_scheduler(name, 12))
+        acting = [n for n, progress in enumerate(of_scheduler(name, 12), 1) if Window(0, 0.6).contains(progress)]
         page.wait_for_selector(f"{UNIT}steps:text-is('Acts in steps 1 to {acting[-1]} of 12.')")
     page.click(f"{UNIT}timing label:has-text('steps')")
     page.wait_for_selector(f"{UNIT}steps:text-is('Acts in steps 1 to 8 of 12.')")
