@@ -113,7 +113,7 @@ def test_the_pages_refresh_button_lists_anew(own_host: Host, folder: Path, model
         }
         button = next(ident for name, ident in names.items() if name.endswith("unit_1_refresh"))
         (event,) = [each for each in own_host.page.blocks.fns.values() if any(t[0] == button for t in each.targets)]
-        model, negative = event.fn(False)
+        model, _, _, negative = event.fn(False, BASE["name"], None, "")
         return [name for _, name in model["choices"]], list(negative["choices"])
 
     assert refresh() == ([BASE["name"]], [])
