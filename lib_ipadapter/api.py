@@ -25,9 +25,10 @@ from .pictures import picture_hash, prepare, read_picture
 from .preparer import check_fit
 from .progress import STEPS
 from .recognise import AdapterKind, recognise_adapter
+from .refs import ImageRef
 from .steps import STEPS_RANGE, counted, curve_of, factors, never_acted, of_img2img, of_scheduler, of_sigmas, takes_part
 from .tensorfile import open_tensors
-from .units import PER_GENERATION, PICTURE_FIELDS, SCHEMA_VERSION, TOGETHER, ImageRef, Unit
+from .units import PER_GENERATION, PICTURE_FIELDS, SCHEMA_VERSION, TOGETHER, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,7 +16,8 @@ from .errors import IPAdapterError
 from .layer_weights import TYPES
 from .masks import TEMPLATES
 from .pictures import read_picture
-from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, ImageRef, Unit
+from .refs import ImageRef
+from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -172,19 +172,3 @@ def write(points: Iterable[tuple[float, float]]) -> str:
 
 def _shortest(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
-
-
-def outline(curve: Curve, start: float = 0.0, stop: float = 1.0) -> tuple[Point, ...]:
-    """The corners of the line that a plot from 0 to 1 shows: the curve inside its window, 0 outside.
-
-    Neighbours at one position are the two ends of a vertical line.
-    """
-    inside = [point for point in curve.points if start < point.position < stop]
-    corners = [Point(start, curve.at(start)), *inside, Point(stop, curve.until(stop))]
-    if start > 0:
-        corners = [Point(0.0, 0.0), Point(start, 0.0), *corners]
-    if stop < 1:
-        corners += [Point(stop, 0.0), Point(1.0, 0.0)]
-    elif curve.at(1.0) != curve.until(1.0):
-        corners.append(Point(1.0, curve.at(1.0)))
-    return tuple(corners)

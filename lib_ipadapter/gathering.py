@@ -36,7 +36,8 @@ from .packing import in_host_memory
 from .pictures import clip_preprocess, picture_hash, prepare, read_picture, to_pixels
 from .plan import ImageKV
 from .recognise import AdapterKind
-from .units import MIDDLE, TOGETHER, ImageRef, Unit
+from .refs import MIDDLE, ImageRef
+from .units import TOGETHER, Unit
 
 if TYPE_CHECKING:
     from .preparer import Preparer
@@ -89,6 +90,8 @@ class Gathering:
     """By batch, what makes the pixels of each of its pictures, given the side of the encoder's square."""
     _mixed: dict[Hashable, tuple[str, tuple[Take, ...]]] = field(default_factory=dict)
     """By mixture, its name and pictures."""
+    _references: dict[ImageRef, tuple[str, Callable[[], Image.Image]]] = field(default_factory=dict)
+    """Of each picture the hash of its content, and how to read it."""
 
     @property
     def uncond(self) -> str:
@@ -185,29 +188,21 @@ class Gathering:
 
     def _taken(self, refs: Sequence[ImageRef], noise: str) -> list[list[Take]]:
         """Of each of them its features; none of one that takes no part."""
-        sources: list[list[tuple[Hashable, Callable[[int], Tensor]]]] = []
-        takes: list[list[Take]] = []
-        distinct: dict[Hashable, Callable[[int], Tensor]] = {}
-        for ref in refs:
-            if ref.weight and ref.saved:
-                known = self._saved(ref.saved)
-                takes.append([Take(known.key, n, ref.weight * w) for n, w in enumerate(known.weights)])
-                sources.append([])
-            elif ref.weight:
-                key, make = self._source(ref, noise)
-                distinct.setdefault(key, make)
-                takes.append([])
-                sources.append([(key, make)])
-            else:
-                takes.append([])
-                sources.append([])
+        sources = {ref: self._source(ref, noise) for ref in refs if ref.weight and not ref.saved}
+        distinct = dict(sources.values())
         batch = ("features", tuple(distinct), self.unit.preparation, *self._seen_by)
         self._pixels[batch] = list(distinct.values())
         row = {key: n for n, key in enumerate(distinct)}
-        return [
-            known or [Take(batch, row[key], ref.weight) for key, _ in given]
-            for ref, known, given in zip(refs, takes, sources, strict=True)
-        ]
+
+        def of(ref: ImageRef) -> list[Take]:
+            if not ref.weight:
+                return []
+            if ref.saved:
+                known = self._saved(ref.saved)
+                return [Take(known.key, n, ref.weight * weight) for n, weight in enumerate(known.weights)]
+            return [Take(batch, row[sources[ref][0]], ref.weight)]
+
+        return [of(ref) for ref in refs]
 
     def _source(self, ref: ImageRef, noise: str) -> tuple[Hashable, Callable[[int], Tensor]]:
         """What the encoder sees of a picture (its hash, crop and noise), and what makes that."""
@@ -227,10 +222,6 @@ class Gathering:
         known = saved.default.read(name)
         known.check(self.kind, self.encoder_path)
         return known
-
-    @cached_property
-    def _references(self) -> dict[ImageRef, tuple[str, Callable[[], Image.Image]]]:
-        return {}
 
     def _reference(self, ref: ImageRef) -> tuple[str, Callable[[], Image.Image]]:
         """The hash of a picture's content, and how to read it.

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ERROR_KEY, IPAdapterError
-from .units import MIDDLE, NO_MASK, PICTURE_FIELDS, UNIT_SLOTS, ImageRef, MaskRef, Unit
+from .refs import MIDDLE, NO_MASK, ImageRef, MaskRef
+from .units import PICTURE_FIELDS, UNIT_SLOTS, Unit
 
 KEY = "IP-Adapter"
 """Key of a unit's text, before its number."""

@@ -8,7 +8,7 @@ The names and factors are those that ComfyUI_IPAdapter_plus made common, so that
 them are another thing in InvokeAI, on SD1.x. Style there means groups 7 to 9 alone, the first output blocks, which
 stand where SDXL has its style group; here it means all but groups 4 to 8, the coarse ones. The latter is the default:
 what the finer layers attend to can hardly move things about, so it takes colours and textures and leaves the layout to
-the text, and most recipes that people pass on were made with it. InvokeAI's are "style narrow" and "composition wide".
+the text. InvokeAI's are "style narrow" and "composition wide".
 """
 
 from __future__ import annotations
@@ -225,6 +225,11 @@ def _parse(text: str) -> dict[int, float]:
     return found
 
 
+def pictures_of(layers: str) -> int:
+    """How many pictures a unit's field ``layers`` is over; 0: any number."""
+    return TYPES[layers].pictures if layers in TYPES else 0
+
+
 # --- What it means on a UNet ------------------------------------------------------------------------------------------
 
 
@@ -292,7 +297,7 @@ def on_unet(
     """
     if layers == ALL:
         return None
-    wanted = TYPES[layers].pictures if layers in TYPES else 0
+    wanted = pictures_of(layers)
     if wanted and pictures != wanted:
         raise IPAdapterError(
             f'The field "layers" is "{layers}", which needs {wanted} pictures that act, and the unit has {pictures}: '

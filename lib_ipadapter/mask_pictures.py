@@ -15,7 +15,8 @@ from .errors import IPAdapterError
 from .kept import Kept
 from .masks import Canvas, Mask, Where, of_picture, of_template, overlap
 from .pictures import BLACK, picture_hash, read_picture
-from .units import MaskRef, Unit
+from .refs import MaskRef
+from .units import Unit
 
 T = TypeVar("T")
 

@@ -104,11 +104,6 @@ def grids(height: int, width: int) -> list[tuple[int, int]]:
     return found
 
 
-def grid_of(queries: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of the layer that has so many queries; None if none has. Each grid has fewer than the last."""
-    return next((grid for grid in grids(height, width) if grid[0] * grid[1] == queries), None)
-
-
 def _cells(latent: int, depth: int, low: float, high: float) -> Values:
     """Edges of a grid's cells along one side of the canvas.
 
@@ -260,38 +255,3 @@ def overlap(where: Where) -> bool:
 
 
 # --- For people -------------------------------------------------------------------------------------------------------
-
-
-def picture_of(mask: Mask, width: int, height: int) -> Image.Image:
-    """A mask on a canvas of ``width`` x ``height`` pixels, with its soft edges, in shades of grey."""
-    return _grey(mask.on((height, width)))
-
-
-def seen_on(mask: Mask, width: int, height: int, depth: int = 0, region: Region = WHOLE) -> Image.Image:
-    """What the layers at one depth see of a mask: ``width`` x ``height`` pixels, each in the shade of its cell.
-
-    Args:
-        width, height: of the canvas, or of the part of it that a pass draws, in pixels.
-        depth: how many times the UNet has halved the latent: 0 to 3 in SD1.x and SD2.x, 1 and 2 in SDXL.
-        region: that part.
-    """
-    latent = (max(1, height // PIXELS), max(1, width // PIXELS))
-    cells = mask.on(latent, depth, region)
-    rows, columns = (
-        np.arange(side) * entries // side // 2**depth for side, entries in zip((height, width), latent, strict=True)
-    )
-    return _grey(cells[np.ix_(rows, columns)])
-
-
-def grid_lines(width: int, height: int, depth: int = 0) -> tuple[list[float], list[float]]:
-    """Where cells meet on a canvas of that many pixels: x of the upright lines and y of the level ones, in pixels."""
-    latent = (max(1, width // PIXELS), max(1, height // PIXELS))
-    x, y = (
-        [float(edge) for edge in _cells(entries, depth, 0, side)[1:-1]]
-        for side, entries in zip((width, height), latent, strict=True)
-    )
-    return x, y
-
-
-def _grey(values: Values) -> Image.Image:
-    return Image.fromarray(np.rint(values * 255).astype(np.uint8))

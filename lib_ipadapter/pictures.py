@@ -26,7 +26,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import IPAdapterError
-from .units import MIDDLE, Crop
+from .refs import MIDDLE, Crop
 
 LIMIT_PIXELS = 178_956_970
 """Pixels of the largest picture that is read: Pillow's own limit against decompression bombs, half a GiB as RGB."""
@@ -314,7 +314,7 @@ def _clip(text: str) -> str:
 
 
 def _crop(picture: Image.Image, size: int, crop: Crop) -> Image.Image:
-    """A square of the picture becomes ``size``; see :class:`.units.ImageRef` for which.
+    """A square of the picture becomes ``size``; see :class:`.refs.ImageRef` for which.
 
     By default the shorter side becomes ``size``, and the middle of the longer one is kept.
     This is CLIP's own preparation: resize, then crop. Resizing all of a very long picture would need a huge one in
@@ -373,7 +373,7 @@ def prepare(picture: Image.Image, preparation: str, size: int = 224, crop: Crop 
         picture: of :func:`read_picture`; one that isn't RGB goes through it first.
         preparation: a key of :data:`PREPARATIONS`.
         size: the encoder's ``image_size``.
-        crop: which square the preparation "crop" takes; see :class:`.units.ImageRef`.
+        crop: which square the preparation "crop" takes; see :class:`.refs.ImageRef`.
 
     Raises:
         IPAdapterError: for an unknown preparation.

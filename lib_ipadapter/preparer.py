@@ -32,11 +32,12 @@ from .places import Batch, Place, place_of
 from .plan import ImageKV
 from .progress import Window
 from .recognise import AdapterKind, recognise_adapter
+from .refs import ImageRef
 from .reweighing import Unweighed
 from .rows import COND, UNCOND
 from .steps import curve_of
 from .tensorfile import open_tensors
-from .units import ImageRef, Unit
+from .units import Unit
 from .weighing import Weighed, arrange, weigh
 
 

@@ -26,12 +26,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from . import references
+from .checks import WEIGHT_RANGE
 from .errors import IPAdapterError
 from .fingerprint import FileIdentity, file_identity, fingerprint
 from .recognise import AdapterKind
 from .references import Rules, write_private
+from .refs import saved_name
 from .tensorfile import TensorFile, open_tensors
-from .units import WEIGHT_RANGE, Unit, saved_name
+from .units import Unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

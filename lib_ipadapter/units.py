@@ -10,19 +10,24 @@ never what a request or an infotext means.
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-import numbers
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from . import curves, layer_weights
+from .checks import (
+    SHARE_RANGE,
+    WEIGHT_RANGE,
+    as_number,
+    refuse_unknown,
+    require_bool,
+    require_choice,
+    require_text,
+    shown,
+)
 from .errors import IPAdapterError
-from .masks import TEMPLATES
+from .refs import NO_MASK, ImageRef, MaskRef, as_images
 
 SCHEMA_VERSION = 1
 """Version of the unit's JSON, written with every unit; a newer one is refused, an older one is read."""
@@ -39,189 +44,7 @@ MIXTURES = ("concat", "average", "normalised average", "norm average", "add", "s
 TOGETHER, PER_GENERATION, PER_ITEM = "together", "one per generation", "one per batch item"
 PICTURES = (TOGETHER, PER_GENERATION, PER_ITEM)
 NOISES = ("none", "gaussian", "shuffle", "fade")
-WEIGHT_RANGE = (-5.0, 5.0)
 HIRES_SCALE_RANGE = (0.0, 5.0)
-WINDOW_RANGE = (0.0, 1.0)
-
-# Names that other tools use for the same thing; they only make the hint of an error better, they are not
-# accepted.
-FOREIGN_NAMES = {
-    "begin": "start",
-    "control_mode": "formulation",
-    "end": "stop",
-    "ending_step": "stop",
-    "guidance_end": "stop",
-    "effective_region_mask": "mask",
-    "guidance_start": "start",
-    "module": "model",
-    "picture": "images",
-    "resize_mode": "preparation",
-    "scale": "weight",
-    "starting_step": "start",
-    "strength": "weight",
-}
-
-_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_SAVED = re.compile(r"[\w .-]{1,64}")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-_SHOWN_CHARACTERS = 40
-
-
-Crop = tuple[float, float, float]
-MIDDLE: Crop = (0.5, 0.5, 1.0)
-"""The crop that a picture has by default: its middle, as large as can be."""
-ZOOM_RANGE = (1.0, 10.0)
-
-
-SHORTEST_PICTURE = 32
-"""Characters below which a mask's text can only be meant as a template's name: no picture is so few bytes."""
-
-
-@dataclass(frozen=True)
-class MaskRef:
-    """Where a unit, or one of its pictures, acts: nothing (everywhere), or one of three.
-
-    ``template`` is a key of :data:`.masks.TEMPLATES`, ``data`` a picture's bytes as text (base64 or a data URI),
-    ``sha256`` the hash of a picture that is kept. The picture is stretched over the canvas; white acts, black and what
-    is transparent don't. ``feather`` is the width of soft edges as a share of the canvas's shorter side, 0…1, and
-    ``invert`` turns the mask round.
-    """
-
-    template: str = ""
-    data: str = ""
-    sha256: str = ""
-    feather: float = 0.0
-    invert: bool = False
-
-    def __post_init__(self) -> None:
-        if all(getattr(self, each.name) is each.default for each in fields(self)):
-            return  # the default of other classes, made before the functions that check exist
-        for name in ("template", "data", "sha256"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise IPAdapterError(f'The mask\'s "{name}" is {_shown(value)}; allowed is a text.')
-            if name != "data" or not value.strip():
-                object.__setattr__(self, name, value.strip())
-        given = [name for name in ("template", "data", "sha256") if getattr(self, name)]
-        if len(given) > 1:
-            raise IPAdapterError(
-                f"The mask has {' and '.join(f'{chr(34)}{name}{chr(34)}' for name in given)}; allowed is one of "
-                '"template", "data" (base64 or a data URI) and "sha256" (the hash of a kept picture).'
-            )
-        if self.template:
-            object.__setattr__(self, "template", _as_template(self.template))
-        if self.sha256:
-            object.__setattr__(self, "sha256", _as_hash("mask", self.sha256))
-        object.__setattr__(self, "feather", _as_number("feather", self.feather, WINDOW_RANGE))
-        _require_bool("invert", self.invert)
-        if not given and self != MaskRef():
-            raise IPAdapterError(
-                'The mask has "feather" or "invert" and nothing that they change; allowed is to give "template", '
-                '"data" or "sha256" too, or to leave them out.'
-            )
-
-    def __bool__(self) -> bool:
-        """Whether there is a mask."""
-        return bool(self.template or self.data or self.sha256)
-
-    @classmethod
-    def from_json(cls, value: object) -> MaskRef:
-        """Read a mask: a text (a template's name, base64, a data URI, or '' for none), or an object of the fields."""
-        if isinstance(value, MaskRef):
-            return value
-        if isinstance(value, str):
-            return cls() if not value.strip() else cls(template=value) if _is_name(value) else cls(data=value)
-        if isinstance(value, Mapping):
-            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
-            return cls(**value)
-        raise IPAdapterError(
-            f'The field "mask" is {_shown(value)}; allowed is a template\'s name, base64, a data URI, or an object '
-            'such as {"template": "left half", "feather": 0.1}.'
-        )
-
-    def to_json(self) -> str | dict[str, Any]:
-        """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
-        values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
-        if not values:
-            return ""
-        says_all = list(values) == ["template"] or (list(values) == ["data"] and not _is_name(self.data))
-        return str(next(iter(values.values()))) if says_all else values
-
-
-NO_MASK = MaskRef()
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One picture of a unit: its bytes as text (base64 or a data URI), the hash of an uploaded one, or a saved one.
-
-    Exactly one of ``data``, ``sha256`` (64 hexadecimal digits) and ``saved`` (its name) is filled; otherwise
-    :class:`IPAdapterError`. ``weight`` multiplies the unit's for this picture. ``crop`` says which square the
-    preparation "crop" takes (the others show the whole picture): x and y from 0 (left, top) to 1 (right, bottom) of
-    the way that the square can go, and a zoom from 1 (the shorter side) to 10. A saved reference is encoded already,
-    so it has no crop. ``mask`` says where on the canvas this picture acts; with the unit's it is multiplied.
-    """
-
-    data: str = ""
-    sha256: str = ""
-    weight: float = 1.0
-    crop: Crop = MIDDLE
-    saved: str = ""
-    mask: MaskRef = NO_MASK
-
-    def __post_init__(self) -> None:
-        for name, value in (("data", self.data), ("sha256", self.sha256), ("saved", self.saved)):
-            if not isinstance(value, str):
-                raise IPAdapterError(f'The picture\'s "{name}" is {_shown(value)}; allowed is a text.')
-        filled = sum((bool(self.data.strip()), bool(self.sha256), bool(self.saved)))
-        if filled != 1:
-            raise IPAdapterError(
-                f'The picture has {("none", "", "two", "all")[filled]} of "data", "sha256" and "saved"; allowed is '
-                "exactly one: base64 or a data URI, the hash of an uploaded picture, or a saved reference's name."
-            )
-        if self.saved:
-            object.__setattr__(self, "data", "")
-            object.__setattr__(self, "saved", saved_name(self.saved))
-        if self.sha256:
-            object.__setattr__(self, "data", "")
-            object.__setattr__(self, "sha256", _as_hash("picture", self.sha256))
-        object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
-        object.__setattr__(self, "crop", _as_crop(self.crop))
-        object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
-        if self.saved and self.crop != MIDDLE:
-            raise IPAdapterError(
-                f'The picture\'s "crop" is given beside "saved" ({_shown(self.saved)}), which is encoded already; '
-                "allowed is a crop of a picture: leave it out."
-            )
-
-    @classmethod
-    def from_json(cls, value: object) -> ImageRef:
-        """Read one entry of ``images``: a text, or an object of this class' fields."""
-        if isinstance(value, ImageRef):
-            return value
-        if isinstance(value, str):
-            if not value.strip():
-                raise IPAdapterError("The picture is empty; allowed is base64 or a data URI, or leave it out.")
-            return cls(data=value)
-        if isinstance(value, Mapping):
-            _refuse_unknown(value, tuple(field.name for field in fields(cls)))
-            return cls(**value)
-        raise IPAdapterError(
-            f"The picture is {_shown(value)}; allowed is base64, a data URI, "
-            '{"sha256": "…"} for an uploaded picture, or {"saved": "…"} for a saved reference.'
-        )
-
-    def to_json(self) -> str | dict[str, Any]:
-        """The JSON value that :meth:`from_json` reads back: a bare text if it says all."""
-        kind = "sha256" if self.sha256 else "saved" if self.saved else "data"
-        values: dict[str, Any] = {kind: getattr(self, kind)}
-        if self.weight != 1.0:
-            values["weight"] = self.weight
-        if self.crop != MIDDLE:
-            values["crop"] = list(self.crop)
-        if self.mask:
-            values["mask"] = self.mask.to_json()
-        return self.data if list(values) == ["data"] else values
 
 
 @dataclass(frozen=True)
@@ -280,31 +103,31 @@ class Unit:
     mask: MaskRef = NO_MASK
 
     def __post_init__(self) -> None:
-        _require_bool("enabled", self.enabled)
-        _require_text("model", self.model)
-        _require_text("negative", self.negative)
-        object.__setattr__(self, "images", _as_images("images", self.images))
-        object.__setattr__(self, "weight", _as_number("weight", self.weight, WEIGHT_RANGE))
-        object.__setattr__(self, "start", _as_number("start", self.start, WINDOW_RANGE))
-        object.__setattr__(self, "stop", _as_number("stop", self.stop, WINDOW_RANGE))
+        require_bool("enabled", self.enabled)
+        require_text("model", self.model)
+        require_text("negative", self.negative)
+        object.__setattr__(self, "images", as_images("images", self.images))
+        object.__setattr__(self, "weight", as_number("weight", self.weight, WEIGHT_RANGE))
+        object.__setattr__(self, "start", as_number("start", self.start, SHARE_RANGE))
+        object.__setattr__(self, "stop", as_number("stop", self.stop, SHARE_RANGE))
         if self.start >= self.stop:
             raise IPAdapterError(
-                f'The field "start" is {_shown(self.start)} and "stop" is {_shown(self.stop)}; '
+                f'The field "start" is {shown(self.start)} and "stop" is {shown(self.stop)}; '
                 "allowed is a start that is smaller than the stop, both from 0 to 1."
             )
-        _require_choice("formulation", self.formulation, FORMULATIONS)
-        _require_choice("uncond", self.uncond, UNCONDS)
-        _require_choice("preparation", self.preparation, PREPARATIONS)
-        _require_choice("timing", self.timing, TIMINGS)
+        require_choice("formulation", self.formulation, FORMULATIONS)
+        require_choice("uncond", self.uncond, UNCONDS)
+        require_choice("preparation", self.preparation, PREPARATIONS)
+        require_choice("timing", self.timing, TIMINGS)
         for name in ("curve", "hires_curve"):
             object.__setattr__(self, name, _as_curve(name, getattr(self, name)))
-        _require_choice("hires", self.hires, HIRES)
-        object.__setattr__(self, "hires_scale", _as_number("hires_scale", self.hires_scale, HIRES_SCALE_RANGE))
-        _require_bool("nested", self.nested)
-        _require_text("layers", self.layers)
+        require_choice("hires", self.hires, HIRES)
+        object.__setattr__(self, "hires_scale", as_number("hires_scale", self.hires_scale, HIRES_SCALE_RANGE))
+        require_bool("nested", self.nested)
+        require_text("layers", self.layers)
         object.__setattr__(self, "layers", layer_weights.read(self.layers))
         if self.composition_weight is not None:
-            value = _as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
+            value = as_number("composition_weight", self.composition_weight, WEIGHT_RANGE)
             object.__setattr__(self, "composition_weight", value)
         object.__setattr__(self, "mask", MaskRef.from_json(self.mask))
         if self.uncond == "file" and not self.negative:
@@ -314,20 +137,28 @@ class Unit:
             )
         if self.negative and self.uncond != "file":
             raise IPAdapterError(
-                f'The field "negative" is {_shown(self.negative)} while "uncond" is "{self.uncond}"; '
+                f'The field "negative" is {shown(self.negative)} while "uncond" is "{self.uncond}"; '
                 'allowed is a negative file only with "uncond" set to "file".'
             )
-        _require_choice("mixture", self.mixture, MIXTURES)
-        _require_choice("pictures", self.pictures, PICTURES)
-        _require_bool("balance", self.balance)
-        object.__setattr__(self, "negative_images", _as_images("negative_images", self.negative_images))
-        _require_choice("noise", self.noise, NOISES)
-        object.__setattr__(self, "noise_strength", _as_number("noise_strength", self.noise_strength, WINDOW_RANGE))
-        object.__setattr__(self, "uncond_weight", _as_number("uncond_weight", self.uncond_weight, WEIGHT_RANGE))
+        require_choice("mixture", self.mixture, MIXTURES)
+        require_choice("pictures", self.pictures, PICTURES)
+        require_bool("balance", self.balance)
+        object.__setattr__(self, "negative_images", as_images("negative_images", self.negative_images))
+        require_choice("noise", self.noise, NOISES)
+        object.__setattr__(self, "noise_strength", as_number("noise_strength", self.noise_strength, SHARE_RANGE))
+        object.__setattr__(self, "uncond_weight", as_number("uncond_weight", self.uncond_weight, WEIGHT_RANGE))
         self._check_mixture()
         self._check_negatives()
 
     def _check_mixture(self) -> None:
+        wanted = layer_weights.pictures_of(self.layers)
+        if wanted and (self.pictures != TOGETHER or self.mixture != "concat"):
+            name = "mixture" if self.pictures == TOGETHER else "pictures"
+            raise IPAdapterError(
+                f'The field "layers" is "{self.layers}", which is over {wanted} pictures at once, while "{name}" is '
+                f'"{getattr(self, name)}"; allowed is a "{name}" of '
+                f'"{"concat" if name == "mixture" else TOGETHER}", or another type of layers.'
+            )
         if self.pictures != TOGETHER and self.mixture != "concat":
             raise IPAdapterError(
                 f'The field "mixture" is "{self.mixture}" while "pictures" is "{self.pictures}", where each picture '
@@ -387,8 +218,8 @@ class Unit:
             return source
         values = _parse_object(source) if isinstance(source, str) else source
         if not isinstance(values, Mapping):
-            raise IPAdapterError(f"The unit is {_shown(values)}; allowed is an object or its JSON text.")
-        _refuse_unknown(values, ("version", *_FIELD_NAMES))
+            raise IPAdapterError(f"The unit is {shown(values)}; allowed is an object or its JSON text.")
+        refuse_unknown(values, ("version", *_FIELD_NAMES))
         _check_version(values.get("version", SCHEMA_VERSION))
         return cls(**{name: value for name, value in values.items() if name != "version"})
 
@@ -407,24 +238,9 @@ PICTURE_FIELDS = ("images", "negative_images")
 _FIELD_NAMES = tuple(field.name for field in fields(Unit))
 
 
-def saved_name(value: str) -> str:
-    """The name of a saved reference, without spaces around it, in Unicode's composed form as file systems compare it.
-
-    Raises:
-        IPAdapterError: unless it is 1 to 64 letters, digits, spaces, dots, hyphens and underscores.
-    """
-    name = unicodedata.normalize("NFC", value).strip(" ")
-    if not _SAVED.fullmatch(name):
-        raise IPAdapterError(
-            f"The saved reference's name is {_shown(value)}; allowed are 1 to 64 letters, digits, spaces, dots, "
-            "hyphens and underscores."
-        )
-    return name
-
-
 def _noise_of_saved(noise: str, name: str) -> str:
     return (
-        f'The field "noise" is "{noise}" and the picture it is for is the saved reference {_shown(name)}, which is '
+        f'The field "noise" is "{noise}" and the picture it is for is the saved reference {shown(name)}, which is '
         "encoded already; allowed is noise on a picture: give negative_images or the picture itself."
     )
 
@@ -448,13 +264,13 @@ def parse_script_args(args: Sequence[object]) -> tuple[bool, list[Unit]]:
     if explicit and not first:
         return False, []
     if not (explicit or _is_unused(first) or isinstance(first, (str, Mapping, Unit))):
-        raise IPAdapterError(f"The first argument is {_shown(first)}; allowed is true, false, or a unit.")
+        raise IPAdapterError(f"The first argument is {shown(first)}; allowed is true, false, or a unit.")
 
     slots = list(args[1:] if explicit else args)
     beyond = [slot for slot in slots[UNIT_SLOTS:] if not _is_unused(slot)]
     if beyond:
         raise IPAdapterError(
-            f"The argument after unit {UNIT_SLOTS} is {_shown(beyond[0])}; allowed are at most {UNIT_SLOTS} units."
+            f"The argument after unit {UNIT_SLOTS} is {shown(beyond[0])}; allowed are at most {UNIT_SLOTS} units."
         )
     asked = [(number, _parse_unit(number, slot)) for number, slot in enumerate(slots, 1) if not _is_unused(slot)]
     enabled = [(number, unit) for number, unit in asked if unit.enabled]
@@ -500,7 +316,7 @@ def _parse_object(text: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise IPAdapterError(
-            f"The unit is {_shown(text)}, which can't be read as JSON; "
+            f"The unit is {shown(text)}, which can't be read as JSON; "
             'allowed is an object such as {"model": "…", "images": ["base64"]}.'
         ) from error
 
@@ -510,151 +326,24 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in values:
             raise IPAdapterError(
-                f"The field {_shown(name)} is given twice, as {_shown(values[name])} and {_shown(value)}; "
+                f"The field {shown(name)} is given twice, as {shown(values[name])} and {shown(value)}; "
                 "allowed is one value for each field."
             )
         values[name] = value
     return values
 
 
-def _refuse_unknown(values: Mapping[Any, Any], known: Sequence[str]) -> None:
-    for name, value in values.items():
-        if name in known:
-            continue
-        near = _nearest(str(name), known)
-        hint = f'the nearest known field is "{near}" and ' if near else ""
-        raise IPAdapterError(
-            f"The field {_shown(name)} (value {_shown(value)}) is unknown; {hint}allowed are {', '.join(known)}."
-        )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str | None:
-    lowered = name.lower()
-    foreign = FOREIGN_NAMES.get(lowered)
-    if foreign in known:
-        return foreign
-    return next(iter(difflib.get_close_matches(lowered[:100], known, n=1, cutoff=0.5)), None)
-
-
 def _check_version(value: object) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not 1 <= value <= SCHEMA_VERSION:  # type: ignore[operator]
         raise IPAdapterError(
-            f'The field "version" is {_shown(value)}; allowed is a whole number from 1 to {SCHEMA_VERSION}, '
+            f'The field "version" is {shown(value)}; allowed is a whole number from 1 to {SCHEMA_VERSION}, '
             "a newer one needs a newer version of this extension."
         )
-
-
-def _require_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed are true and false.')
-
-
-def _require_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a text.')
-
-
-def _require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed are {", ".join(allowed)}.')
-
-
-def _as_number(name: str, value: object, limits: tuple[float, float]) -> float:
-    """``value`` as a float within ``limits``; a bool is no number, a text that spells one is."""
-    low, high = limits
-    number = math.nan
-    if isinstance(value, str):
-        if _NUMBER.fullmatch(value.strip()):
-            number = float(value)
-    elif not isinstance(value, bool) and isinstance(value, numbers.Real):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-    if not low <= number <= high:  # NaN fails every comparison
-        raise IPAdapterError(
-            f'The field "{name}" is {_shown(value)}; allowed is a finite number from {_shown(low)} to {_shown(high)}.'
-        )
-    return number + 0.0  # −0.0 becomes 0.0
-
-
-def _as_hash(owner: str, value: str) -> str:
-    lowered = value.lower()
-    if not _SHA256.fullmatch(lowered):
-        raise IPAdapterError(f'The {owner}\'s "sha256" is {_shown(value)}; allowed are 64 hexadecimal digits.')
-    return lowered
-
-
-def _is_name(text: str) -> bool:
-    """Whether a mask's text is the name of a template, or meant as one."""
-    text = text.strip()
-    return _template_key(text) in TEMPLATES or (len(text) < SHORTEST_PICTURE and text[:5].lower() != "data:")
-
-
-def _template_key(name: str) -> str:
-    return " ".join(name.lower().replace("-", " ").replace("_", " ").split())
-
-
-def _as_template(name: str) -> str:
-    key = _template_key(name)
-    if key not in TEMPLATES:
-        near = _nearest(key, tuple(TEMPLATES))
-        hint = f'the nearest is "{near}" and ' if near else ""
-        raise IPAdapterError(
-            f"The mask is {_shown(name)}, which is no template; {hint}allowed are "
-            f"{', '.join(TEMPLATES)}, base64 and a data URI."
-        )
-    return key
 
 
 def _as_curve(name: str, value: object) -> str:
     """``value`` as :func:`.curves.write` writes it, so that equal curves are equal texts."""
     if not isinstance(value, str):
-        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a text such as "{curves.EXAMPLE}".')
+        raise IPAdapterError(f'The field "{name}" is {shown(value)}; allowed is a text such as "{curves.EXAMPLE}".')
     return curves.write(curves.parse(value, name).points)
-
-
-def _as_crop(value: object) -> Crop:
-    if not isinstance(value, (list, tuple)) or len(value) != 3:
-        raise IPAdapterError(
-            f'The field "crop" is {_shown(value)}; allowed is [x, y, zoom], x and y from 0 to 1, zoom from 1 to 10.'
-        )
-    x, y = (_as_number(f"crop {name}", each, WINDOW_RANGE) for name, each in zip("xy", value, strict=False))
-    return x, y, _as_number("crop zoom", value[2], ZOOM_RANGE)
-
-
-def _as_images(name: str, value: object) -> tuple[ImageRef, ...]:
-    """The pictures of a field from one value or a list; only an empty list means that there is none."""
-    if isinstance(value, (str, Mapping, ImageRef)):
-        value = (value,)
-    if not isinstance(value, (list, tuple)):
-        raise IPAdapterError(f'The field "{name}" is {_shown(value)}; allowed is a picture or a list of pictures.')
-    images = []
-    for position, item in enumerate(value, 1):
-        try:
-            images.append(ImageRef.from_json(item))
-        except IPAdapterError as error:
-            message = str(error).removeprefix("The ")
-            raise IPAdapterError(f'The field "{name}", picture {position} of {len(value)}: the {message}') from error
-    return tuple(images)
-
-
-def _shown(value: object) -> str:
-    """``value`` as an error quotes it: as JSON would write it, and short."""
-    if isinstance(value, str):
-        clipped = value if len(value) <= _SHOWN_CHARACTERS else value[: _SHOWN_CHARACTERS - 1] + "…"
-        return json.dumps(clipped, ensure_ascii=False)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10**_SHOWN_CHARACTERS else "a whole number with too many digits"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "NaN" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
-        return repr(value).removesuffix(".0")
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return "an object"
-    return f"a {type(value).__name__}"

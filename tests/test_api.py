@@ -20,7 +20,8 @@ from lib_ipadapter.access import ROUTES
 from lib_ipadapter.hosts.cmd_opts import extension_access
 from lib_ipadapter.hosts.routes import add_routes
 from lib_ipadapter.pictures import picture_hash, prepare, read_picture
-from lib_ipadapter.units import ImageRef, Unit
+from lib_ipadapter.refs import ImageRef
+from lib_ipadapter.units import Unit
 from tests.embedded import Host
 from tests.embedded.client import Client
 from tests.embedded_hosts import request, unit

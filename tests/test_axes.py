@@ -13,7 +13,8 @@ import pytest
 from lib_ipadapter import axes
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.pictures import picture_hash, read_picture
-from lib_ipadapter.units import ImageRef, Unit
+from lib_ipadapter.refs import ImageRef
+from lib_ipadapter.units import Unit
 from tests.embedded import Host
 from tests.embedded.client import Client
 from tests.embedded.demo_models import DemoModels

@@ -142,19 +142,6 @@ def test_it_says_nothing_in_the_decoupled_form(host: Host) -> None:
     assert DECOUPLED.joins_softmax is False
 
 
-@pytest.mark.parametrize("options", [{"split_calls": True}, {"row_order": "a1111"}])
-def test_how_the_host_splits_a_step_changes_nothing(host_of: Any, options: dict[str, Any]) -> None:
-    wanted = request(
-        unit("plus", photos=("astronaut", "coffee"), formulation="joint", balance=True),
-        negative_prompt="x " * 90,
-        batch_size=2,
-    )
-    usual = host_of("sd15").txt2img(**wanted)
-    split = host_of("sd15", **options).txt2img(**wanted)
-    for a, b in zip(usual.images, split.images, strict=True):
-        assert np.abs(pixels(a) - pixels(b)).max() <= 2
-
-
 def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the repeats the case of three pictures is another."""
     monkeypatch.setattr(plan_module, "text_repeats", lambda units, role: 1)

@@ -234,15 +234,19 @@ def test_it_is_bit_identical_to_not_being_installed(host_of: Any, models: DemoMo
         assert same(b, c)
 
 
+@pytest.mark.parametrize(
+    "units",
+    [
+        (unit("plus", formulation="joint"), unit("base")),
+        (unit("plus", photos=("astronaut", "coffee"), formulation="joint", balance=True),),
+    ],
+    ids=["two units", "balanced"],
+)
 @pytest.mark.parametrize("options", [{"split_calls": True}, {"row_order": "a1111"}])
-def test_how_the_host_splits_a_step_changes_nothing(host_of: Any, options: dict[str, Any]) -> None:
-    wanted = request(
-        unit("plus", formulation="joint"),
-        unit("base"),
-        prompt="a red house AND a car",
-        negative_prompt="x " * 90,
-        batch_size=2,
-    )
+def test_how_the_host_splits_a_step_changes_nothing(
+    host_of: Any, options: dict[str, Any], units: tuple[dict[str, Any], ...]
+) -> None:
+    wanted = request(*units, prompt="a red house AND a car", negative_prompt="x " * 90, batch_size=2)
     usual = host_of("sd15").txt2img(**wanted)
     split = host_of("sd15", **options).txt2img(**wanted)
     for a, b in zip(usual.images, split.images, strict=True):

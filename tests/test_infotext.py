@@ -18,23 +18,10 @@ from PIL import Image, PngImagePlugin
 
 from lib_ipadapter.infotext import KEY, Facts, parse, write
 from lib_ipadapter.masks import TEMPLATES
-from lib_ipadapter.units import (
-    HIRES,
-    MIXTURES,
-    NO_MASK,
-    NOISES,
-    PICTURES,
-    PREPARATIONS,
-    TIMINGS,
-    UNCONDS,
-    UNIT_SLOTS,
-    ImageRef,
-    MaskRef,
-    Unit,
-)
-from tests.curve_points import curve_texts
+from lib_ipadapter.refs import NO_MASK, ImageRef, MaskRef
+from lib_ipadapter.units import MIXTURES, NOISES, PICTURES, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, Unit
 from tests.embedded.infotext import create_infotext, parse_generation_parameters
-from tests.layer_texts import layer_texts
+from tests.unit_fields import plain_fields, weights
 
 HASH = "0123456789abcdef" * 4
 ODD = ",:\"\\\n\r\t[]() '{}<>&;=äß日本\U0001f600\u00a0\u2028\x00\x1f"
@@ -70,7 +57,6 @@ def no_error(*args: object) -> None:
 texts = st.text(st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8")), min_size=1, max_size=30)
 parts = st.floats(0, 1)
 crops = st.tuples(parts, parts, st.floats(1, 10))
-weights = st.floats(-5, 5)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 masks = st.just(NO_MASK) | st.builds(
     lambda source, feather, invert: MaskRef(**source, feather=feather, invert=invert),
@@ -99,7 +85,7 @@ def units(draw: st.DrawFn) -> Unit:
     if mixture != "concat":
         pictures = tuple(replace(each, mask=NO_MASK) for each in pictures)
     return Unit(
-        enabled=draw(st.booleans()),
+        **draw(plain_fields(mixture, places)),
         model=draw(st.one_of(st.just(""), texts)),
         images=pictures,
         mixture=mixture,
@@ -109,21 +95,10 @@ def units(draw: st.DrawFn) -> Unit:
         noise=noise,
         noise_strength=draw(parts),
         uncond_weight=draw(weights),
-        weight=draw(weights),
         start=start,
         stop=stop,
-        formulation=draw(st.sampled_from(("auto", "joint", "decoupled"))),
         uncond=uncond,
         negative=draw(texts) if uncond == "file" else "",
-        preparation=draw(st.sampled_from(PREPARATIONS)),
-        timing=draw(st.sampled_from(TIMINGS)),
-        curve=draw(curve_texts),
-        hires_curve=draw(curve_texts),
-        hires=draw(st.sampled_from(HIRES)),
-        hires_scale=draw(st.floats(0, 5)),
-        nested=draw(st.booleans()),
-        layers=draw(layer_texts),
-        composition_weight=draw(st.none() | st.floats(-5, 5)),
         mask=draw(masks),
     )
 

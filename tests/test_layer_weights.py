@@ -314,6 +314,22 @@ def test_what_does_not_fit_the_checkpoint_or_the_pictures() -> None:
     assert on_unet("style and composition", SDXL, 1.0, 0.0, 1).factors[14:24] == (0.0,) * 10  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixture": "average"}, '"mixture" is "average"; allowed is a "mixture" of "concat"'),
+        (
+            {"pictures": "one per batch item"},
+            '"pictures" is "one per batch item"; allowed is a "pictures" of "together"',
+        ),
+    ],
+)
+def test_a_type_over_two_pictures_wants_them_at_once(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(IPAdapterError) as error:
+        Unit(layers="style image and composition image", **fields)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
 def test_the_units_fields_go_round() -> None:
     unit = Unit(layers="style precise", composition_weight=0.0, formulation="K+mean(V) with penalty")
     assert Unit.from_json(unit.to_json()) == unit

@@ -20,14 +20,10 @@ from lib_ipadapter.masks import (
     Canvas,
     Mask,
     Region,
-    grid_lines,
-    grid_of,
     grids,
     of_picture,
     of_template,
     overlap,
-    picture_of,
-    seen_on,
 )
 from tests.photos import photo
 
@@ -56,8 +52,6 @@ def test_every_size_has_the_grids_that_convolutions_make() -> None:
             assert grids(height, width)[:DEPTHS] == made
             counts = [r * c for r, c in made]
             assert len(set(counts)) == DEPTHS  # so that the number of queries tells the depth
-            assert [grid_of(count, height, width) for count in counts] == made
-            assert grid_of(counts[1] + 1, height, width) is None
 
 
 def test_both_sides_at_once() -> None:
@@ -317,29 +311,3 @@ def test_masks_that_are_multiplied() -> None:
     assert overlap(()) and overlap((left,)) and overlap((left, top))
     assert not overlap((left, right))
     assert overlap((left, of_template("right half", 0.1)))
-
-
-# For people
-
-
-def test_the_picture_of_a_mask() -> None:
-    picture = picture_of(of_template("left half", 0.5), 8, 8)
-    assert (picture.mode, picture.size) == ("L", (8, 8))
-    assert np.asarray(picture)[0].tolist() == [255, 255, 223, 159, 96, 32, 0, 0]
-    assert picture_of(of_template("edges"), 40, 20).getpixel((20, 10)) == 0
-
-
-@pytest.mark.parametrize(("width", "height"), [(512, 384), (264, 200), (1920, 1080)])
-@pytest.mark.parametrize("depth", [0, 1, 2, 3])
-def test_what_the_layers_see(width: int, height: int, depth: int) -> None:
-    mask = of_picture(photo("coffee"))
-    picture = np.asarray(seen_on(mask, width, height, depth))
-    cells = np.rint(mask.on((height // 8, width // 8), depth) * 255)
-    x, y = grid_lines(width, height, depth)
-    assert (len(y) + 1, len(x) + 1) == cells.shape
-    middles = [
-        np.add(edges[:-1], edges[1:]).astype(int) // 2
-        for edges in (np.array([0, *y, height]), np.array([0, *x, width]))
-    ]
-    assert picture.shape == (height, width)
-    assert (picture[np.ix_(*middles)] == cells).all()

@@ -19,9 +19,10 @@ from lib_ipadapter.mixtures import MIXTURES, mixed
 from lib_ipadapter.places import Batch, InGenerations, InItems, InPictures, Items
 from lib_ipadapter.plan import scaled_dot_product
 from lib_ipadapter.progress import Window
+from lib_ipadapter.refs import ImageRef
 from lib_ipadapter.rows import COND, OTHER, UNCOND, Call, items_in_order, items_of_rows
 from lib_ipadapter.units import MIXTURES as NAMES
-from lib_ipadapter.units import ImageRef, Unit
+from lib_ipadapter.units import Unit
 from lib_ipadapter.weighing import weigh
 from tests.bare_model import softmax_attention
 from tests.embedded import Host

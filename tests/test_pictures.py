@@ -31,7 +31,7 @@ from lib_ipadapter.pictures import (
     read_picture,
     to_pixels,
 )
-from lib_ipadapter.units import MIDDLE
+from lib_ipadapter.refs import MIDDLE
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:

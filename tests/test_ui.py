@@ -21,8 +21,9 @@ from PIL import Image
 from lib_ipadapter import pictures, references
 from lib_ipadapter.applies import NEEDS
 from lib_ipadapter.intents import FIELDS, INTENTS
+from lib_ipadapter.refs import ImageRef
 from lib_ipadapter.ui import handlers
-from lib_ipadapter.units import SCHEMA_VERSION, UNCONDS, UNIT_SLOTS, ImageRef, Unit
+from lib_ipadapter.units import SCHEMA_VERSION, UNCONDS, UNIT_SLOTS, Unit
 from tests.embedded.gradio_compat import gr
 
 from lib_ipadapter.ui import accordion  # isort: skip  # gradio is importable only by now

@@ -14,29 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib_ipadapter.checks import FOREIGN_NAMES
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.masks import TEMPLATES
+from lib_ipadapter.refs import MIDDLE, NO_MASK, ImageRef, MaskRef
 from lib_ipadapter.units import (
-    FOREIGN_NAMES,
     FORMULATIONS,
-    HIRES,
-    MIDDLE,
     MIXTURES,
-    NO_MASK,
     NOISES,
     PICTURES,
     PREPARATIONS,
     SCHEMA_VERSION,
-    TIMINGS,
     UNCONDS,
     UNIT_SLOTS,
-    ImageRef,
-    MaskRef,
     Unit,
     parse_script_args,
 )
-from tests.curve_points import curve_texts
-from tests.layer_texts import layer_texts
+from tests.unit_fields import plain_fields
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 SHA256 = "0123456789abcdef" * 4
@@ -102,24 +96,13 @@ def units(draw: st.DrawFn) -> Unit:
     has_negatives = mixed["negative_images"] or mixed["noise"] != "none"
     uncond = "auto" if has_negatives else draw(st.sampled_from(UNCONDS))
     return Unit(
-        enabled=draw(st.booleans()),
-        model=draw(any_text),
+        **draw(plain_fields(mixed["mixture"], mixed["pictures"])),
         **mixed,
-        weight=draw(st.floats(-5, 5)),
+        model=draw(any_text),
         start=start,
         stop=stop,
-        formulation=draw(st.sampled_from(FORMULATIONS)),
         uncond=uncond,
         negative=draw(any_text.filter(bool)) if uncond == "file" else "",
-        preparation=draw(st.sampled_from(PREPARATIONS)),
-        timing=draw(st.sampled_from(TIMINGS)),
-        curve=draw(curve_texts),
-        hires_curve=draw(curve_texts),
-        hires=draw(st.sampled_from(HIRES)),
-        hires_scale=draw(st.floats(0, 5)),
-        nested=draw(st.booleans()),
-        layers=draw(layer_texts),
-        composition_weight=draw(st.none() | st.floats(-5, 5)),
         mask=draw(mask_refs),
     )
 

@@ -26,7 +26,7 @@ VISIBLE_UNITS = 3
 PASTE_NOTE = "paste_note"
 """Attribute of the checkbox: the component that says what a pasted infotext couldn't bring back."""
 PAGE_WEIGHTS = (-1.0, 2.0)
-"""The range of the slider; requests may go further (``units.WEIGHT_RANGE``)."""
+"""The range of the slider; requests may go further (``checks.WEIGHT_RANGE``)."""
 
 # Gradio 4 renamed the argument for code that runs in the page. (Forge accepts both names there.)
 _GRADIO_3 = int(gr.__version__.partition(".")[0]) < 4

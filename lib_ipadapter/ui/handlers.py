@@ -17,8 +17,9 @@ from PIL.Image import Image
 
 from .. import pictures, references
 from ..errors import IPAdapterError
+from ..refs import ImageRef
 from ..steps import SCHEDULERS, STEPS_RANGE, of_img2img, of_scheduler
-from ..units import ImageRef, Unit
+from ..units import Unit
 
 # Every annotation below must resolve at run time: gradio 3 evaluates those of its event handlers.
 

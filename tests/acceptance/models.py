@@ -13,41 +13,7 @@ import torch
 from tests import checkpoints
 from tests.adapter_files import base_adapter, plus_adapter, save
 from tests.checkpoints import Layout, Shapes
-
-SMALL_YAML = """model:
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
-  params:
-    linear_start: 0.00085
-    linear_end: 0.0120
-    num_timesteps_cond: 1
-    log_every_t: 200
-    timesteps: 1000
-    first_stage_key: jpg
-    cond_stage_key: txt
-    image_size: 64
-    channels: 4
-    cond_stage_trainable: false
-    conditioning_key: crossattn
-    monitor: val/loss_simple_ema
-    scale_factor: 0.18215
-    use_ema: false
-    unet_config:
-      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
-      params: {{image_size: 32, in_channels: 4, out_channels: 4, model_channels: {width},
-        attention_resolutions: [4, 2, 1],
-        num_res_blocks: 2, channel_mult: [1, 2, 4, 4], num_heads: 8, use_spatial_transformer: true,
-        transformer_depth: 1, context_dim: {context}, use_checkpoint: false, legacy: false}}
-    first_stage_config:
-      target: ldm.models.autoencoder.AutoencoderKL
-      params:
-        embed_dim: 4
-        monitor: val/rec_loss
-        ddconfig: {{double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: {vae_width},
-          ch_mult: [1, 2, 4, 4], num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}}
-        lossconfig: {{target: torch.nn.Identity}}
-    cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenCLIPEmbedder}}
-"""
-"""How AUTOMATIC1111 is told of a small SD1.5."""
+from tests.ldm_yaml import ldm_yaml
 
 BUILT_IN_ENCODER = "CLIP-ViT-H-14.safetensors"
 """The name under which Forge's built-in adapter looks for its image encoder."""
@@ -87,7 +53,7 @@ def small_sd15(folder: Path) -> Models:
     # The text tower keeps its full size: the WebUI builds it from a configuration of its own.
     layout = checkpoints.replace(checkpoints.SMALL_SD15, text_width=768, text_layers=12, context=768)
     models = _models(folder, {"a": checkpoints.sd15_checkpoint(layout), "b": checkpoints.sd15_checkpoint(layout)})
-    text = SMALL_YAML.format(width=layout.width, context=768, vae_width=layout.vae_width)
+    text = ldm_yaml(layout.width, 768, layout.vae_width)
     for checkpoint in models.checkpoints.glob("*.safetensors"):
         checkpoint.with_suffix(".yaml").write_text(text, encoding="utf-8")
     encoder = checkpoints.image_encoder(width=128, layers=3, mlp=512, projection=128)

@@ -18,8 +18,9 @@ from torch import nn
 
 from lib_ipadapter import references
 from lib_ipadapter.clip_vision import load_clip_vision
+from lib_ipadapter.refs import ImageRef
 from lib_ipadapter.session import Session
-from lib_ipadapter.units import ImageRef, Unit
+from lib_ipadapter.units import Unit
 from tests.adapter_files import save
 from tests.checkpoints import image_encoder, write_random
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from lib_ipadapter.errors import IPAdapterError
 from lib_ipadapter.hosts.folders import ADAPTERS, ENCODERS
+from tests.ldm_yaml import ldm_yaml
 
 from .store import BASE, CHECKPOINT, PLUS, VISION
 from .unet import UNetSizes
-from .vae import SCALE, VAESizes
+from .vae import VAESizes
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 NAME = "ip-adapter-demo"
@@ -20,57 +21,19 @@ NAME = "ip-adapter-demo"
 CHECKPOINTS = Path("models", "Stable-diffusion")
 TOKENIZER = CHECKPOINTS / f"{NAME}-tokenizer"
 
-CONFIGURATION = """model:
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
-  params:
-    linear_start: 0.00085
-    linear_end: 0.0120
-    num_timesteps_cond: 1
-    log_every_t: 200
-    timesteps: 1000
-    first_stage_key: jpg
-    cond_stage_key: txt
-    image_size: 16
-    channels: 4
-    cond_stage_trainable: false
-    conditioning_key: crossattn
-    monitor: val/loss_simple_ema
-    scale_factor: {scale}
-    use_ema: false
-    unet_config:
-      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
-      params: {{image_size: 16, in_channels: 4, out_channels: 4, model_channels: {channels},
-        attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: {multiples}, num_heads: {heads},
-        use_spatial_transformer: true, transformer_depth: 1, context_dim: {context}, use_checkpoint: false,
-        legacy: false}}
-    first_stage_config:
-      target: ldm.models.autoencoder.AutoencoderKL
-      params:
-        embed_dim: 4
-        monitor: val/rec_loss
-        ddconfig: {{double_z: true, z_channels: 4, resolution: 128, in_channels: 3, out_ch: 3, ch: {vae_width},
-          ch_mult: {vae_multiples}, num_res_blocks: {vae_blocks}, attn_resolutions: [], dropout: 0.0}}
-        lossconfig: {{target: torch.nn.Identity}}
-    cond_stage_config:
-      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
-      params: {{version: {tokenizer}, layer: last}}
-"""
-"""What AUTOMATIC1111 must know beside the tensors. It holds a path, so it is written where it is read."""
-
 
 def configuration(tokenizer: Path) -> str:
-    """The checkpoint's yaml, for a tokeniser's folder."""
+    """The checkpoint's yaml. It holds the path of the tokeniser's folder, so it is written where it is read."""
     unet, vae = UNetSizes(), VAESizes()
-    return CONFIGURATION.format(
-        scale=SCALE,
-        channels=unet.channels,
-        multiples=list(unet.multiples),
-        heads=unet.heads,
-        context=unet.context,
-        vae_width=vae.ch,
-        vae_multiples=list(vae.ch_mult),
-        vae_blocks=vae.num_res_blocks,
-        tokenizer=json.dumps(str(tokenizer)),  # a string of JSON is one of YAML
+    return ldm_yaml(
+        unet.channels,
+        unet.context,
+        vae.ch,
+        unet.multiples,
+        unet.heads,
+        vae.ch_mult,
+        vae.num_res_blocks,
+        f"{{version: {json.dumps(str(tokenizer))}, layer: last}}",  # a string of JSON is one of YAML
     )
 
 
