@@ -31,7 +31,6 @@ PLUS = Steering("plus", "decoupled", 1.0)
 
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    torch.set_num_threads(2)
     model = Model()
     return Evaluation(model, Subject.make(model, COUNT), STEPS)
 

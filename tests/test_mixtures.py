@@ -193,10 +193,11 @@ def test_mixtures_differ_and_come_back_from_the_infotext(host: Host, kind: str) 
         result = host.txt2img(**request(unit(kind, photos=PHOTOS[:2], mixture=name)))
         drawn[name] = result.image
         assert (f"mixture: {name}" in result.infotexts[0]) is (name != "concat")
-    # The demo's resampler normalises what it is given, so that a mean and a sum are the same to it.
-    scaled = {("average", "add")} if kind == "plus" else set()
     for a, b in itertools.combinations(NAMES, 2):
-        assert same(drawn[a], drawn[b]) is ((a, b) in scaled), (a, b)
+        # The demo's resampler normalises what it is given, so that a mean and a sum are the same to it, but for rounding.
+        scaled = kind == "plus" and (a, b) == ("average", "add")
+        apart = np.abs(pixels(drawn[a]) - pixels(drawn[b])).max()
+        assert apart <= 1 if scaled else apart > 0, (a, b)
     assert not host.errors
 
 
