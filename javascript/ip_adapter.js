@@ -7,6 +7,9 @@ var ipAdapter = (() => {
     const DEFAULTS = { enabled: true, model: "", weight: 1, start: 0, stop: 1, formulation: "auto", uncond: "auto", negative: "", preparation: "crop", timing: "noise" };
     const [LOW, HIGH] = [-1, 2];
     const slots = {};  // by id: the text that was written or followed last
+    const others = {};  // by id: fields of the unit that only the editors show; they outlive its last picture
+    const listeners = [];  // called with a unit's id when it has changed
+    const waiting = {};  // by the id of a unit: who gets each answer to pictures that were sent, in their order
     const shownPreviews = {};  // by the id of a unit: answers of the server by what was asked
 
     function parse(text) {
@@ -59,10 +62,33 @@ var ipAdapter = (() => {
         return Object.keys(intents).find((name) => intents[name].every((value, i) => value === values[i])) ?? null;
     }
 
+    function otherFields(unit) {
+        return Object.fromEntries(Object.entries(unit || {}).filter(([name]) => !NAMES.includes(name) && !["version", "images"].includes(name)));
+    }
+
+    // The unit as it is, also while it has no picture and so no text.
+    function current(unit) {
+        const id = slotId(unit);
+        return parse(slots[id]) || others[id] || {};
+    }
+
+    // Fields that no control of gradio's shows change; undefined takes one out.
+    function edit(unit, changes) {
+        const id = slotId(unit);
+        const before = parse(slots[id]);
+        const after = { ...(before || others[id]), ...changes };
+        for (const name of Object.keys(changes)) if (changes[name] === undefined) delete after[name];
+        others[id] = otherFields(after);
+        if (before) setText(id, (slots[id] = JSON.stringify(after)));
+        tell(id);
+    }
+
     function write(id, intents, args) {
         const controls = args.slice(0, NAMES.length);
         controls[2] = (controls[2] || "").replace(/ \(doesn't fit: [^()]*\)$/, "");  // gradio 3: the label is the value
-        const text = unitText(controls, args[NAMES.length] || "");
+        const old = args[NAMES.length] || "";
+        const kept = !old && list(controls[1]).length && others[id] ? JSON.stringify(others[id]) : old;
+        const text = unitText(controls, kept);
         slots[id] = text;
         refresh(id, controls);
         return [text, preset(intents, controls)];
@@ -73,6 +99,7 @@ var ipAdapter = (() => {
         if (slots[id] !== undefined && slots[id] === slot) return controls;
         slots[id] = slot;
         const unit = parse(slot);
+        others[id] = otherFields(unit);
         let next = controls;
         if (unit) next = shown(unit);
         else if (!slot) next = controls.map((value, i) => (i === 1 ? "" : value));
@@ -91,6 +118,7 @@ var ipAdapter = (() => {
 
     const find = (id) => gradioApp().getElementById ? gradioApp().getElementById(id) : document.getElementById(id);
     const unitId = (slotId) => slotId.replace(/slot_(\d+)$/, "unit_$1_");
+    const slotId = (unit) => unit.replace(/unit_(\d+)_$/, "slot_$1");
     const prefixOf = (slotId) => slotId.replace(/slot_\d+$/, "");
 
     function on(text) {
@@ -120,7 +148,12 @@ var ipAdapter = (() => {
             enable(unit, controls);
             drawSteps(unit, controls[4], controls[5], controls[10]);
             drawPictures(unit, controls);
+            tell(slotId);
         }
+    }
+
+    function tell(id) {
+        listeners.forEach((listener) => listener(unitId(id)));
     }
 
     // What applies to a unit: the server's facts of its model, and what controls need of each other (applies.py).
@@ -152,6 +185,7 @@ var ipAdapter = (() => {
 
     function apply(slotId, controls) {
         enable(unitId(slotId), controls);
+        tell(slotId);
         return [];
     }
 
@@ -175,6 +209,12 @@ var ipAdapter = (() => {
             : "No step lies between start and stop.";
     }
 
+    // Where each step of a pass begins, 0 to 1; nothing while the server hasn't said it.
+    function stepsOf(unit, timing) {
+        const { progress } = schedules[tabOf(unit)] || {};
+        return (progress || []).map((now, i) => (timing === "steps" ? i / progress.length : now));
+    }
+
     // The host's controls by the end of their id.
     const valueOf = (id) => find(id)?.querySelector("input:checked, input:not([type=radio])")?.value;
 
@@ -196,6 +236,7 @@ var ipAdapter = (() => {
         schedules[tab] = { wanted: schedules[tab]?.wanted, ...answer };
         for (const line of gradioApp().querySelectorAll(`[id^="${prefixIn(tab)}unit_"][id$="_steps"]`))
             drawSteps(line.id.replace(/steps$/, ""), ...JSON.parse(line.dataset.window || '[0, 1, "noise"]'));
+        Object.keys(slots).filter((each) => prefixOf(each) === prefixIn(tab)).forEach(tell);
         return [];
     }
 
@@ -312,12 +353,16 @@ var ipAdapter = (() => {
         return [];
     }
 
-    // Pictures that the server has taken join those of the unit.
+    // Pictures that the server has taken go to who sent them: join those of the unit, mostly.
     function join(slotId, text) {
+        const unit = unitId(slotId);
         const answer = parse(text);
-        if (answer && answer.hashes.length)
-            change(unitId(slotId), (entries) => entries.push(...answer.hashes.map((sha256) => ({ sha256 }))));
+        if (answer) (waiting[unit]?.shift() || ((hashes) => addPictures(unit, hashes)))(answer.hashes);
         return [];
+    }
+
+    function addPictures(unit, hashes) {
+        if (hashes.length) change(unit, (entries) => entries.push(...hashes.map((sha256) => ({ sha256 }))));
     }
 
     // --- pictures from elsewhere in the page
@@ -331,15 +376,18 @@ var ipAdapter = (() => {
         });
     }
 
-    // Files, blobs or addresses of pictures go to the server in one message, so that none overtakes another.
-    async function give(unit, sources) {
+    // Files, blobs or addresses of pictures go to the server in one message, so that none overtakes another. What it
+    // keeps of them, hashes and the data URIs, is taken by ``taker``.
+    async function give(unit, sources, taker = (hashes) => addPictures(unit, hashes)) {
         const sent = sources.map(async (source) => {
             const blob = typeof source === "string" ? await (await fetch(source)).blob() : source;
             const name = blob.name || "The picture";
             // what is no picture for the browser either isn't read: the server says what it is
             return { name, data: blob.type && !blob.type.startsWith("image/") ? "data:," : await asDataUri(blob) };
         });
-        const text = JSON.stringify(await Promise.all(sent));
+        const files = await Promise.all(sent);
+        const text = JSON.stringify(files);
+        (waiting[unit] ??= []).push((hashes) => taker(hashes, files.map((file) => file.data)));
         setText(unit + "incoming", "");
         setText(unit + "incoming", text);
     }
@@ -455,5 +503,8 @@ var ipAdapter = (() => {
             addButtons();
         });
 
-    return { unitText, shown, write, follow, unseen, apply, schedule, previews, join };
+    return {
+        unitText, shown, write, follow, unseen, apply, schedule, previews, join,  // what gradio's events call
+        element, find, current, edit, give, stepsOf, factsOf, listeners,  // for the editors
+    };
 })();

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .layer_weights import SD, XL
 from .recognise import AdapterKind
 from .units import UNCONDS
 
@@ -38,11 +39,13 @@ def values_for(files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 
 def facts(kind: AdapterKind | None, negatives: Mapping[str, int]) -> dict[str, Any]:
-    """All that the page needs, ready for JSON: ``needs``, and by field the ``files`` and ``values`` that apply.
+    """All that the page needs, ready for JSON: ``needs``, by field the ``files`` and ``values`` that apply, ``groups``.
 
-    Where no model is known nothing is ruled out by it.
+    The last is how many layer groups the UNet has that the adapter was made for. Where no model is known nothing is
+    ruled out by it.
     """
     if kind is None:
-        return {"needs": NEEDS, "values": {}, "files": {"negative": sorted(negatives, key=str.lower)}}
+        return {"needs": NEEDS, "values": {}, "files": {"negative": sorted(negatives, key=str.lower)}, "groups": SD}
     files = files_for(kind, negatives)
-    return {"needs": NEEDS, "values": values_for(files), "files": files}
+    count = XL if len(kind.layer_widths) > SD else SD
+    return {"needs": NEEDS, "values": values_for(files), "files": files, "groups": count}

@@ -440,6 +440,88 @@ def test_only_what_applies_is_enabled(page: Any, host: Running, files: list[str]
             (host.models / "ipadapter" / f"{name}.safetensors").unlink()
 
 
+def edited(page: Any, name: str) -> str:
+    return f"{UNIT}editors [data-field={name}]"
+
+
+def drag(page: Any, selector: str, *way: tuple[float, float]) -> None:
+    """From place to place on an element, in parts of its width and height."""
+    box = page.locator(selector).bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in way]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()
+
+
+def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]) -> None:
+    page.click(f"{UNIT}advanced .label-wrap")
+    page.click(f"{UNIT}editors summary")
+    page.select_option(edited(page, "layers"), "style")  # before there is a picture, too
+    page.select_option(edited(page, "mask_where"), "left half")
+    assert page.input_value(SLOT) == ""
+    upload(page, files[:1], 1)
+    has(page, "layers", "style")
+    has(page, "mask", {"template": "left half"})
+    plain = slot(page)
+    page.fill(edited(page, "curve"), "0.5@0, 1@0.25")
+    page.press(edited(page, "curve"), "Tab")
+    has(page, "curve", "0.5@0, 1@0.25")
+    plot = f"{UNIT}editors [data-plot=curve]"
+    assert page.locator(f"{plot} circle").count() == 2
+    assert page.locator(f"{plot} .ip-adapter-step").count() == int(
+        page.input_value("#txt2img_steps input[type=number]")
+    )
+    box = page.locator(plot).bounding_box()
+    page.mouse.dblclick(box["x"] + 0.9 * box["width"], box["y"] + 0.9 * box["height"])
+    until(page, "(plot) => document.querySelectorAll(`${plot} circle`).length === 3", plot)
+    points = slot(page)["curve"].split(", ")
+    assert points[:2] == ["0.5@0", "1@0.25"] and 0.85 < float(points[2].split("@")[1]) < 0.97
+    page.fill(edited(page, "curve"), "")
+    page.press(edited(page, "curve"), "Tab")
+    until(page, "(slot) => !('curve' in JSON.parse(document.querySelector(slot).value))", SLOT)
+
+    # SD1.5's groups: all but 4 to 8 have style. The bar of group 6 is drawn up to the strength.
+    bars = f"{UNIT}editors .ip-adapter-bars"
+    assert page.locator(f"{bars} .ip-adapter-slot").count() == 16
+    heights = page.eval_on_selector_all(
+        f"{bars} .ip-adapter-bar", "(all) => all.map((each) => each.getAttribute('height'))"
+    )
+    assert [float(each) > 0 for each in heights] == [n not in range(4, 9) for n in range(16)]
+    drag(page, bars, (6.5 / 16, 0.5), (6.5 / 16, 52 / 120))
+    has(page, "layers", ", ".join(f"{n}:1" for n in range(16) if n not in (4, 5, 7, 8)))
+    page.select_option(edited(page, "layers"), "all")
+    until(page, "(slot) => !('layers' in JSON.parse(document.querySelector(slot).value))", SLOT)
+
+    # What is drawn on the canvas is kept as a picture; the left half stays white from the template.
+    drag(page, f"{UNIT}editors canvas", (0.75, 0.25), (0.75, 0.75))
+    until(page, "(slot) => JSON.parse(document.querySelector(slot).value).mask?.sha256", SLOT)
+    has(page, "images", plain["images"])
+    page.set_input_files(edited(page, "negative_images"), files[1])
+    until(page, "(slot) => JSON.parse(document.querySelector(slot).value).negative_images?.length === 1", SLOT)
+    page.select_option(edited(page, "mixture"), "average")
+    has(page, "mixture", "average")
+    assert page.is_checked(edited(page, "nested"))
+    page.uncheck(edited(page, "nested"))
+    has(page, "nested", False)
+    given = Unit.from_json(slot(page))
+    assert given.mask.sha256 and given.negative_images and not given.nested
+    generate(page)
+    infotext = page.inner_text("#html_info_txt2img")
+    assert given.mask.sha256 in infotext and "mixture: average" in infotext
+
+    # Out with the picture and in with another: the rest stays. From outside: the editors follow.
+    page.click(f"{UNIT}list button[title^=Remove]")
+    until(page, "(slot) => document.querySelector(slot).value === ''", SLOT)
+    upload(page, files[1:], 1)
+    has(page, "mixture", "average")
+    put(page, json.dumps({"images": slot(page)["images"], "curve": "1@0.5, 0@0.5", "layers": "0:1, 3:0.5"}))
+    until(page, "(curve) => document.querySelector(curve).value === '1@0.5, 0@0.5'", edited(page, "curve"))
+    assert page.input_value(edited(page, "layers")) == "0:1, 3:0.5"
+    assert page.input_value(edited(page, "mask_where")) == "" and page.is_checked(edited(page, "nested"))
+
+
 def test_models_are_listed_anew_when_the_accordion_opens(page: Any, host: Running) -> None:
     header = f"{ACCORDION} .label-wrap >> nth=0"
     page.click(header)

@@ -194,7 +194,7 @@ def test_mixtures_differ_and_come_back_from_the_infotext(host: Host, kind: str) 
         drawn[name] = result.image
         assert (f"mixture: {name}" in result.infotexts[0]) is (name != "concat")
     for a, b in itertools.combinations(NAMES, 2):
-        # The demo's resampler normalises what it is given, so that a mean and a sum are the same to it, but for rounding.
+        # The demo's resampler normalises what it is given: a mean and a sum are the same to it, but for rounding.
         scaled = kind == "plus" and (a, b) == ("average", "add")
         apart = np.abs(pixels(drawn[a]) - pixels(drawn[b])).max()
         assert apart <= 1 if scaled else apart > 0, (a, b)

@@ -19,7 +19,7 @@ import gradio as gr
 from ..errors import IPAdapterError
 from ..intents import FIELDS, INTENTS
 from ..units import FORMULATIONS, PREPARATIONS, TIMINGS, UNCONDS, UNIT_SLOTS, Unit
-from . import handlers
+from . import editors, handlers
 
 TITLE = "IP-Adapter"
 VISIBLE_UNITS = 3
@@ -110,6 +110,7 @@ def build(
     with accordion:
         slots = [_hidden(f"Unit {number}", elem_id(f"slot_{number}")) for number in range(1, UNIT_SLOTS + 1)]
         paste_note = gr.HTML("", elem_id=elem_id(PASTE_NOTE))
+        gr.HTML(editors.shared_facts(), elem_id=elem_id("editors_facts"))
         setattr(accordion, PASTE_NOTE, paste_note)
         built = []
         with gr.Tabs(elem_id=elem_id("units")):
@@ -275,6 +276,7 @@ def _build_unit(
             value=False,
             elem_id=elem_id("everything"),
         )
+    gr.HTML(editors.place(elem_id("editors")), elem_id=elem_id("editors_box"))
     slot_note = gr.HTML(elem_id=elem_id("note"))
 
     # In the order of NAMES in javascript/ip_adapter.js.
