@@ -241,7 +241,7 @@ var ipAdapter = (() => {
     }
 
     const cropOf = (entry) => (entry && entry.crop) || [0.5, 0.5, 1];
-    const keyOf = (entry, preparation) => JSON.stringify([typeof entry === "string" ? entry : entry.sha256 || entry.data, cropOf(entry), preparation]);
+    const keyOf = (entry, preparation) => JSON.stringify([typeof entry === "string" ? entry : entry.sha256 || entry.saved || entry.data, cropOf(entry), preparation]);
 
     function setText(id, text) {
         const box = find(id)?.querySelector("textarea, input");
@@ -343,6 +343,22 @@ var ipAdapter = (() => {
         });
         card.append(image, element("div", "ip-adapter-problem"), row, details);
         return card;
+    }
+
+    // Saved references, by tab: asked for by the editors, told to them as listeners.
+    const savedIn = {};
+
+    function askSaved(unit, wish) {
+        setText(prefixIn(tabOf(unit)) + "saved_wanted", JSON.stringify({ ...wish, asked: Date.now() }));
+    }
+
+    const savedOf = (unit) => savedIn[tabOf(unit)] || { saved: [], note: "" };
+
+    function savedTold(id, text) {
+        savedIn[tabOf(id)] = parse(text);
+        for (const each of gradioApp().querySelectorAll(`[id^="${prefixIn(tabOf(id))}unit_"][id$="_list"]`))
+            listeners.forEach((listener) => listener(each.id.replace(/list$/, "")));
+        return [];
     }
 
     // The server's answers: the encoder's inputs, in the order of the unit's pictures.
@@ -504,7 +520,7 @@ var ipAdapter = (() => {
         });
 
     return {
-        unitText, shown, write, follow, unseen, apply, schedule, previews, join,  // what gradio's events call
-        element, find, current, edit, give, stepsOf, factsOf, listeners,  // for the editors
+        unitText, shown, write, follow, unseen, apply, schedule, previews, join, savedTold,  // what gradio's events call
+        element, find, current, edit, give, stepsOf, factsOf, askSaved, savedOf, change, listeners,  // for the editors
     };
 })();

@@ -3,7 +3,7 @@
 "use strict";
 
 (() => {
-    const { element, find, current, edit, give, stepsOf, factsOf } = ipAdapter;
+    const { element, find, current, edit, give, stepsOf, factsOf, askSaved, savedOf, change } = ipAdapter;
     const SVG = "http://www.w3.org/2000/svg";
     const [WIDTH, HEIGHT] = [320, 120];  // of the plots
     const FACTORS = [-5, 5];  // what a curve's or a layer's factor may be
@@ -241,14 +241,16 @@
         }));
     }
 
-    const maskOf = (unit) => {
-        const mask = current(unit).mask || "";
+    // Of the whole unit, or of one of its pictures by its number.
+    const maskOf = (unit, picture) => {
+        const mask = (picture === "" ? current(unit) : (current(unit).images || [])[Number(picture)] || {}).mask || "";
         if (typeof mask !== "string") return mask;
         return facts().templates[mask] ? { template: mask } : mask ? { data: mask } : {};
     };
 
     function makeMask(unit) {
         const box = element("div", "ip-adapter-mask");
+        const whose = element("select", "");
         const choose = element("select", "");
         for (const [value, textContent] of [["", "everywhere"], ...Object.keys(facts().templates).map((name) => [name, name]), ["picture", "a picture"]])
             choose.append(element("option", "", { value, textContent }));
@@ -261,11 +263,17 @@
         const erase = element("input", "", { type: "checkbox" });
         const context = canvas.getContext("2d");
         const write = (changes) => {
-            const mask = { ...maskOf(unit), ...changes };
+            const picture = whose.value;
+            const mask = { ...maskOf(unit, picture), ...changes };
             const given = mask.template || mask.data || mask.sha256;
             for (const name of ["template", "data", "sha256", "feather", "invert"]) if (!mask[name]) delete mask[name];
-            edit(unit, { mask: given ? mask : undefined });
+            if (picture === "") edit(unit, { mask: given ? mask : undefined });
+            else change(unit, (entries) => {
+                delete entries[picture].mask;
+                if (given) entries[picture].mask = mask;
+            });
         };
+        whose.addEventListener("change", () => refresh(unit));
         choose.addEventListener("change", () => write({ template: choose.value, data: "", sha256: "" }));
         feather.addEventListener("change", () => write({ feather: Math.min(1, Math.max(0, Number(feather.value))) }));
         invert.addEventListener("change", () => write({ invert: invert.checked }));
@@ -308,13 +316,19 @@
         const clear = element("button", "ip-adapter-button", { type: "button", textContent: "Clear", title: "Act everywhere again" });
         clear.addEventListener("click", () => write({ template: "", data: "", sha256: "", feather: 0, invert: false }));
         box.append(
-            row("Where", choose, "White acts, black doesn't."), row("Feather", feather, "Soft edges, 0 to 1 of the shorter side."),
+            row("Mask of", whose, "A picture's and the unit's are multiplied."), row("Where", choose, "White acts, black doesn't."), row("Feather", feather, "Soft edges, 0 to 1 of the shorter side."),
             row("Invert", invert, "Act where it is black."), row("From file", file, "A picture, stretched over the canvas."), canvas,
             row("Brush", brush, "Drawn on the canvas's proportions."), row("Erase", erase, "Paint black."), clear,
         );
         return [box, () => {
             if (last) return;
-            const mask = maskOf(unit);
+            const names = ["the unit", ...(current(unit).images || []).map((_, n) => `picture ${n + 1}`)];
+            if (!same(names, [...whose.options].map((each) => each.textContent))) {
+                const before = whose.value;
+                whose.replaceChildren(...names.map((textContent, n) => element("option", "", { value: n ? n - 1 : "", textContent })));
+                whose.value = Number(before) < names.length - 1 ? before : "";
+            }
+            const mask = maskOf(unit, whose.value);
             const source = mask.data || masksSeen[mask.sha256];
             choose.value = mask.template || (mask.data || mask.sha256 ? "picture" : "");
             if (document.activeElement !== feather) feather.value = mask.feather || 0;
@@ -357,12 +371,60 @@
         }];
     }
 
+    // --- saved references: encoded pictures by a name
+
+    function makeSaved(unit) {
+        const box = element("div", "");
+        const choose = element("select", "");
+        const name = element("input", "", { type: "text", maxLength: 64 });
+        const seen = element("img", "ip-adapter-thumbnail", { alt: "" });
+        const said = element("div", "");
+        const row = element("div", "ip-adapter-row");
+        const button = (textContent, title, action) => {
+            const made = element("button", "ip-adapter-button", { type: "button", textContent, title });
+            made.addEventListener("click", action);
+            row.append(made);
+            return made;
+        };
+        const entry = () => savedOf(unit).saved.find((each) => each.name === choose.value);
+        const use = button("Use", "Add it to the unit's pictures", () => change(unit, (entries) => entries.push({ saved: choose.value })));
+        const drop = button("Delete", "Delete its file", () => {
+            if (confirm(`Delete the saved reference ${choose.value}?`)) askSaved(unit, { do: "delete", name: choose.value });
+        });
+        button("Save", "Save this unit's pictures, as the image encoder sees them, and its settings", () => {
+            const wanted = name.value.trim();
+            const taken = savedOf(unit).saved.some((each) => each.name === wanted);
+            if (taken && !confirm(`Save over ${wanted}?`)) return;
+            askSaved(unit, { do: taken ? "replace" : "save", name: wanted, slot: Object.keys(current(unit)).includes("images") ? JSON.stringify(current(unit)) : "" });
+        });
+        const show = () => {
+            const { saved, note } = savedOf(unit);
+            const names = saved.map((each) => each.name);
+            if (!same(names, [...choose.options].map((each) => each.value))) {
+                const before = choose.value;
+                choose.replaceChildren(...names.map((value) => element("option", "", { value, textContent: value })));
+                choose.value = names.includes(before) ? before : names[0] ?? "";
+            }
+            use.disabled = drop.disabled = !choose.value;
+            seen.hidden = !entry()?.uri;
+            if (entry()?.uri) seen.src = entry().uri;
+            if (said.innerHTML !== note) said.innerHTML = note;
+        };
+        choose.addEventListener("change", show);
+        box.append(
+            labelled(unit, { name: "saved", label: "Saved references", help: "In prompts: <ipa:name:0.7> or <ipa:name:0.7:style>." }, choose), seen,
+            labelled(unit, { name: "save_as", label: "Save as", help: "Letters, digits, space, dot, dash; at most 64." }, name), row, said,
+        );
+        askSaved(unit, { do: "list" });
+        return [box, show];
+    }
+
     const EXTRA = {
         layers: makeBars,
         curve: (unit) => makePlot(unit, "curve"),
         hires_curve: (unit) => makePlot(unit, "hires_curve"),
     };
-    const BEFORE = { Place: makeMask, Negative: makeNegatives };
+    const BEFORE = { Place: makeMask, Negative: makeNegatives, Saved: makeSaved };
 
     function build(unit, place) {
         const shows = [];

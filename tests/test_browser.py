@@ -511,6 +511,12 @@ def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]
     infotext = page.inner_text("#html_info_txt2img")
     assert given.mask.sha256 in infotext and "mixture: average" in infotext
 
+    # A mask of one picture alone.
+    page.select_option(edited(page, "mask_mask_of"), label="picture 1")
+    page.select_option(edited(page, "mask_where"), "top half")
+    has(page, "images", [{**plain["images"][0], "mask": {"template": "top half"}}])
+    assert slot(page)["mask"] == json.loads(given.to_json())["mask"]
+
     # Out with the picture and in with another: the rest stays. From outside: the editors follow.
     page.click(f"{UNIT}list button[title^=Remove]")
     until(page, "(slot) => document.querySelector(slot).value === ''", SLOT)
@@ -520,6 +526,32 @@ def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]
     until(page, "(curve) => document.querySelector(curve).value === '1@0.5, 0@0.5'", edited(page, "curve"))
     assert page.input_value(edited(page, "layers")) == "0:1, 3:0.5"
     assert page.input_value(edited(page, "mask_where")) == "" and page.is_checked(edited(page, "nested"))
+
+
+def test_a_saved_reference_is_made_used_and_deleted_on_the_page(page: Any, files: list[str]) -> None:
+    page.click(f"{UNIT}advanced .label-wrap")
+    page.click(f"{UNIT}editors summary")
+    section = f"{UNIT}editors .ip-adapter-section:has([data-field=saved])"
+    page.fill(edited(page, "save_as"), "keeper")
+    page.click(f"{section} button:text-is('Save')")
+    page.wait_for_selector(f"{section} .ip-adapter-note:has-text('has no picture')")
+    upload(page, files[:1], 1)
+    sent = slot(page)
+    page.click(f"{section} button:text-is('Save')")
+    page.wait_for_selector(f"{section} .ip-adapter-remark:has-text('<ipa:keeper:1>')")
+    picture = generate(page)
+    page.click(f"{UNIT}list button[title^=Remove]")
+    until(page, "(slot) => document.querySelector(slot).value === ''", SLOT)
+    assert page.input_value(edited(page, "saved")) == "keeper"
+    page.click(f"{section} button:text-is('Use')")
+    pictures(page, 1)  # with its thumbnail
+    has(page, "images", [{"saved": "keeper"}])
+    assert Unit.from_json({**slot(page), "images": sent["images"]}) == Unit.from_json(sent)
+    assert pixels(start(page)) == pixels(picture)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click(f"{section} button:text-is('Delete')")
+    page.wait_for_selector(f"{section} .ip-adapter-remark:has-text('is deleted')")
+    assert page.locator(f"{edited(page, 'saved')} option").count() == 0
 
 
 def test_models_are_listed_anew_when_the_accordion_opens(page: Any, host: Running) -> None:

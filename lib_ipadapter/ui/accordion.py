@@ -57,6 +57,9 @@ class FileLists(Protocol):
     def negatives(self) -> list[str]:
         """Names of the negative files."""
 
+    def save_reference(self, unit: Unit, name: object, replace: bool = False) -> object:
+        """Saves a unit's pictures, encoded, under a name."""
+
 
 class Downloads(Protocol):
     """What gets models; see :class:`..downloads.Downloader`."""
@@ -131,6 +134,7 @@ def build(
             slot.change(fn=None, inputs=[slot], outputs=[], **_QUIET, **{_JS: note})
         _connect_lists(files, built, elem_id)
         _connect_schedule(progress_of_pass, elem_id)
+        _connect_saved(files, elem_id)
         _build_kept(elem_id)
         if downloads is not None:
             _build_downloads(downloads, elem_id)
@@ -306,6 +310,15 @@ def _build_unit(
     facts.change(fn=None, inputs=[facts, *controls], outputs=[], **_QUIET, **{_JS: apply})
     slot.change(fn=handlers.check, inputs=[slot], outputs=[slot_note], **_QUIET)
     return _Lists(slot, refresh, everything, model, kind, facts, negative)
+
+
+def _connect_saved(files: FileLists, elem_id: Callable[[str], str]) -> None:
+    """The editors ask for the saved references, and to save and delete them."""
+    wish, told = _hidden("Saved wanted", elem_id("saved_wanted")), _hidden("Saved", elem_id("saved"))
+    read = partial(handlers.saved_references, save=files.save_reference)
+    wish.change(fn=lambda text: read(text), inputs=[wish], outputs=[told], **_QUIET)
+    script = f"(text) => ipAdapter.savedTold({json.dumps(elem_id('saved'))}, text)"
+    told.change(fn=None, inputs=[told], outputs=[], **_QUIET, **{_JS: script})
 
 
 def _build_kept(elem_id: Callable[[str], str]) -> None:

@@ -75,7 +75,7 @@ def facts() -> dict[str, Any]:
         _number("Negative", "uncond_weight", "Uncond strength", WEIGHT_RANGE, "-5 to 5, times the strength."),
     ]
     return {
-        "sections": ["Layers", "Time", "Place", "Mixture", "Negative"],
+        "sections": ["Layers", "Time", "Place", "Mixture", "Negative", "Saved"],
         "fields": fields,
         "types": {
             name: {

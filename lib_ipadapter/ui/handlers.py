@@ -10,12 +10,13 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
 from PIL.Image import Image
 
-from .. import pictures, references
+from .. import pictures, references, saved
 from ..errors import IPAdapterError
 from ..refs import ImageRef
 from ..steps import SCHEDULERS, STEPS_RANGE, of_img2img, of_scheduler
@@ -56,7 +57,8 @@ def preview(listed: str | None, preparation: str) -> str:
         preparation: one of ``units.PREPARATIONS``.
 
     Returns:
-        A JSON list: each picture as asked, with ``uri`` (a PNG, for nothing may be lost) or ``problem``.
+        A JSON list: each picture as asked, with ``uri`` (a PNG, for nothing may be lost; of a saved reference, which
+        is encoded already, its thumbnail) or ``problem``.
     """
     answers = []
     for entry in json.loads(listed) if listed else ():
@@ -64,12 +66,48 @@ def preview(listed: str | None, preparation: str) -> str:
         asked["preparation"] = preparation
         try:
             ref = ImageRef.from_json(entry)
-            picture = references.get(ref.sha256) if ref.sha256 else pictures.read_picture(ref.data)
-            asked["uri"] = _png_uri(pictures.prepare(picture, preparation, crop=ref.crop))
+            if ref.saved:
+                asked["uri"] = _png_uri(saved.default.thumbnail(ref.saved))
+            else:
+                picture = references.get(ref.sha256) if ref.sha256 else pictures.read_picture(ref.data)
+                asked["uri"] = _png_uri(pictures.prepare(picture, preparation, crop=ref.crop))
         except IPAdapterError as error:
             asked["problem"] = str(error)
         answers.append(asked)
     return json.dumps(answers)
+
+
+def saved_references(wish: str | None, save: Callable[[Unit, object, bool], object]) -> str:
+    """What the page wants of the saved references, and which there are then.
+
+    Args:
+        wish: JSON with ``do`` ("list", "save", "replace" or "delete"), and for others than the first ``name``; for
+            saving ``slot``, the unit's text.
+        save: saves a unit under a name; the last argument says whether over another one.
+
+    Returns:
+        JSON with ``saved`` (see :meth:`.saved.SavedReferences.listing`, each with a ``uri`` of its thumbnail where it
+        can be read) and ``note``, HTML.
+    """
+    asked = json.loads(wish) if wish else {"do": "list"}
+    said = ""
+    try:
+        if asked["do"] in ("save", "replace"):
+            if not asked["slot"]:
+                raise IPAdapterError("The unit has no picture: give it one to save.")
+            save(Unit.from_json(asked["slot"]), asked["name"], asked["do"] == "replace")
+            said = remark(f'Saved as "{asked["name"]}"; in prompts it is <ipa:{asked["name"]}:1>.')
+        elif asked["do"] == "delete":
+            if not saved.default.forget(asked["name"]):
+                raise saved.default.missing(asked["name"])
+            said = remark(f'"{asked["name"]}" is deleted.')
+    except IPAdapterError as error:
+        said = note(str(error))
+    listed = saved.default.listing()
+    for entry in listed:
+        with suppress(IPAdapterError):
+            entry["uri"] = _png_uri(saved.default.thumbnail(entry["name"]))
+    return json.dumps({"saved": listed, "note": said, "answer": uuid.uuid4().hex})
 
 
 def _png_uri(picture: Image) -> str:

@@ -26,6 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib_ipadapter.layer_weights import SD, TYPES
+
 from .captions import choose_phrases
 from .clip import IMAGE_SIZE
 from .files import save_png, sheet
@@ -38,6 +40,8 @@ STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADAPTERS, FORMS = ("plus", "base"), ("decoupled", "joint")
 MEASURED = ("shape and colour", "colour", "texture", "shape", "background")
 SHOWN = 8
+_ONE_BY_ONE = [name for name, kind in TYPES.items() if any(group.swapped for group in kind.tables[SD])]
+"""Layer types that give the cond row's picture to the uncond row, of which a batch of many prompts has but one."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Evaluation:
         self.model, self.subject, self.steps, self._done = model, subject, steps, done
         self.results: list[dict[str, Any]] = []
         self.shown: dict[str, Tensor] = {}
+        # kept, since what the model remembers of a list goes by its identity
+        self._alone = [[each] for each in subject.references]
 
     @property
     def count(self) -> int:
@@ -88,7 +94,14 @@ class Evaluation:
     def draw(self, steering: Steering | None, prompted: bool = False, seed: int = 1) -> Tensor:
         """A picture for each reference."""
         captions = self.subject.captions if prompted else None
-        return self.model.draw(seed, captions, self.subject.references, steering, self.count, self.steps)
+        references = self.subject.references
+        if steering is None or steering.layers not in _ONE_BY_ONE:
+            return self.model.draw(seed, captions, references, steering, self.count, self.steps)
+        made = []
+        for n, alone in enumerate(self._alone):
+            caption = None if captions is None else captions[n : n + 1]
+            made.append(self.model.draw(1000 * seed + n, caption, alone, steering, 1, self.steps))
+        return torch.cat(made)
 
     def measure(self, name: str, steering: Steering | None, prompted: bool = False) -> dict[str, float]:
         """Shares of pictures that show what the reference shows, or what the prompt says where there is one."""
@@ -123,6 +136,20 @@ class Evaluation:
         )
         return shares
 
+    def layer_types(self) -> None:
+        """What each layer type takes of the reference, plus decoupled; and what it leaves of the prompt."""
+        for name, kind in TYPES.items():
+            if not kind.pictures:
+                self.measure("reference", Steering("plus", layers=name))
+        for name in ("all", "style", "composition", "strong style", "strong composition"):
+            self.measure("text", Steering("plus", weight=1.0, layers=name), prompted=True)
+
+    def base_joint(self) -> None:
+        """The rest of base."""
+        self.measure("reference", Steering("base", "decoupled", 1.0))
+        for weight in WEIGHTS[1:]:
+            self.measure("reference", Steering("base", "joint", weight))
+
     def everything(self) -> None:
         """All conditions, the most telling first."""
         self.judge()
@@ -142,6 +169,14 @@ class Evaluation:
             for weight in WEIGHTS[1:]:
                 self.measure("reference", Steering("base", form, weight))
             self.measure("text", Steering("base", form, 0.5), prompted=True)
+
+
+PARTS: dict[str, Callable[[Evaluation], None]] = {
+    "everything": Evaluation.everything,
+    "base joint": Evaluation.base_joint,
+    "layer types": Evaluation.layer_types,
+}
+"""By name on the command line."""
 
 
 def layout(pictures: Tensor, photograph: Image.Image) -> Tensor:
@@ -164,6 +199,7 @@ def table(results: Sequence[dict[str, Any]], count: int) -> str:
         if steering is not None:
             how = f"{steering['adapter']}, {steering['formulation']}, weight {steering['weight']:g}"
             how += "" if steering["stop"] == 1 else f", stop {steering['stop']:g}"
+            how += "" if steering.get("layers", "all") == "all" else f", {steering['layers']} layers"
             how += "" if steering["negative"] == "auto" else ", the reference as negative"
         if "distance" in entry:
             lines.append(f"| {entry['measure']} | {how} | {entry['distance']:.3f} |" + " |" * (len(MEASURED) - 1))
@@ -179,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.demo_model.evaluate", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for table, plots and strip")
     parser.add_argument("--references", type=int, default=200)
+    parser.add_argument("--only", choices=list(PARTS), default="everything", help="the part that is measured")
     parser.add_argument("--steps", type=int, default=25, help="of sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plots-of", type=Path, help="no measuring: draw the plots of this results.json")
@@ -203,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
 
         evaluation = Evaluation(model, subject, args.steps, done)
-        evaluation.everything()
+        PARTS[args.only](evaluation)
     (args.out / "table.md").write_text(table(known["results"], known["references"]), encoding="utf-8")
     try:
         from .plots import plots

@@ -17,14 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_ipadapter import layer_weights
 from lib_ipadapter.clip_vision import CLIPVision, load_clip_vision
 from lib_ipadapter.encoding import LoadedAdapter, encode, image_kv, load_adapter, resolve_uncond, uncond_features
 from lib_ipadapter.formulations import FORMULATIONS
 from lib_ipadapter.injection import Injection, Term
+from lib_ipadapter.layers import SD15
 from lib_ipadapter.pictures import clip_preprocess, prepare, to_pixels
 from lib_ipadapter.plan import ImageKV, LayeredPlan, Plan, scaled_dot_product
 from lib_ipadapter.progress import Window, progress_of_timestep
-from lib_ipadapter.rows import UNCOND, Call
+from lib_ipadapter.rows import COND, UNCOND, Call
 from lib_ipadapter.weighing import weigh
 
 from .sampling import LATENT, ddim
@@ -46,6 +48,7 @@ class Steering:
         formulation, weight, stop: as a unit has them.
         negative: what the negative rows get: what the adapter was trained with ("auto"), or the reference itself
             ("reference"), which leaves guidance nothing to steer by.
+        layers: as a unit has it.
     """
 
     adapter: str = "plus"
@@ -53,6 +56,7 @@ class Steering:
     weight: float = 1.0
     stop: float = 1.0
     negative: str = "auto"
+    layers: str = layer_weights.ALL
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Model:
         injection = None
         if steering is not None and steering.weight and pictures is not None:
             injection = self._injection(pictures, steering)
-        roles = (*range(FIRST_OWN_ROLE, FIRST_OWN_ROLE + count), *[UNCOND] * count)
+        roles = (*_own_roles(count), *[UNCOND] * count)
         if steering is not None and steering.negative == "reference":
             roles = (*roles[:count], *roles[:count])
 
@@ -157,11 +161,18 @@ class Model:
 
     def _injection(self, pictures: Sequence[Image.Image], steering: Steering) -> Injection:
         conds, none = self.key_values(pictures, steering.adapter)
-        prompts = {FIRST_OWN_ROLE + n: (each,) for n, each in enumerate(conds)} | {UNCOND: (none,)}
+        own = _own_roles(len(conds))
+        prompts = {role: (each,) for role, each in zip(own, conds, strict=True)} | {UNCOND: (none,)}
         formulation = FORMULATIONS[steering.formulation]
         widest = max(self.store.unet.layer_widths())
-        weighed = weigh(prompts, formulation, steering.weight, (), widest, UNCOND)
+        layers = layer_weights.on_unet(steering.layers, SD15, steering.weight, None, 1)
+        weighed = weigh(prompts, formulation, steering.weight, (), widest, UNCOND, layers)
         return Injection([Term(formulation, Window(0.0, steering.stop), weighed)], len(conds[0].keys))
+
+
+def _own_roles(count: int) -> list[int]:
+    """The role of each cond row; a single one is the prompt's, whose picture a layer type may give to uncond rows."""
+    return [COND] if count == 1 else list(range(FIRST_OWN_ROLE, FIRST_OWN_ROLE + count))
 
 
 def as_pictures(pictures: Tensor) -> list[Image.Image]:
