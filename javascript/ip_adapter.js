@@ -83,6 +83,12 @@ var ipAdapter = (() => {
         tell(id);
     }
 
+    // Fields of any kind, of a unit that has pictures; the controls follow.
+    function put(unit, changes) {
+        const before = parse(slots[slotId(unit)]);
+        if (before) setText(slotId(unit), JSON.stringify({ ...before, ...changes }));
+    }
+
     function write(id, intents, args) {
         const controls = args.slice(0, NAMES.length);
         controls[2] = (controls[2] || "").replace(/ \(doesn't fit: [^()]*\)$/, "");  // gradio 3: the label is the value
@@ -521,6 +527,6 @@ var ipAdapter = (() => {
 
     return {
         unitText, shown, write, follow, unseen, apply, schedule, previews, join, savedTold,  // what gradio's events call
-        element, find, current, edit, give, stepsOf, factsOf, askSaved, savedOf, change, listeners,  // for the editors
+        element, find, current, edit, put, give, stepsOf, factsOf, askSaved, savedOf, change, listeners,  // for the editors
     };
 })();

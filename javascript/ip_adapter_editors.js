@@ -3,7 +3,7 @@
 "use strict";
 
 (() => {
-    const { element, find, current, edit, give, stepsOf, factsOf, askSaved, savedOf, change } = ipAdapter;
+    const { element, find, current, edit, put, give, stepsOf, factsOf, askSaved, savedOf, change } = ipAdapter;
     const SVG = "http://www.w3.org/2000/svg";
     const [WIDTH, HEIGHT] = [320, 120];  // of the plots
     const FACTORS = [-5, 5];  // what a curve's or a layer's factor may be
@@ -419,12 +419,33 @@
         return [box, show];
     }
 
+    // --- compatibility: fields that make a unit compute what another program computes
+
+    function makePresets(unit) {
+        const choose = element("select", "");
+        const none = element("option", "", { value: "", textContent: "its own" });
+        choose.append(none, ...Object.keys(facts().presets).map((value) => element("option", "", { value, textContent: value })));
+        const label = labelled(unit, { name: "preset", label: "Compute", help: "" }, choose);
+        choose.addEventListener("change", () => choose.value && put(unit, facts().presets[choose.value].fields));
+        return [label, () => {
+            const now = current(unit);
+            choose.disabled = !now.images;
+            const fits = ({ fields }) => Object.entries(fields).every(([name, value]) => same(now[name], value));
+            if (!fits(facts().presets[choose.value] || { fields: { images: null } }))
+                choose.value = Object.keys(facts().presets).find((name) => fits(facts().presets[name])) || "";
+            const preset = facts().presets[choose.value];
+            label.querySelector("small").textContent = !now.images
+                ? "Give the unit a picture first."
+                : preset ? `What it can't make equal: ${preset.differs}.` : "Sets formulation, preparation, uncond and timing as another program has them.";
+        }];
+    }
+
     const EXTRA = {
         layers: makeBars,
         curve: (unit) => makePlot(unit, "curve"),
         hires_curve: (unit) => makePlot(unit, "hires_curve"),
     };
-    const BEFORE = { Place: makeMask, Negative: makeNegatives, Saved: makeSaved };
+    const BEFORE = { Place: makeMask, Negative: makeNegatives, Saved: makeSaved, Compatibility: makePresets };
 
     function build(unit, place) {
         const shows = [];

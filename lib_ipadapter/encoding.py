@@ -176,8 +176,14 @@ UNCOND_BY_VARIANT: Mapping[str, str] = {"base": "zero embeds", "plus": "zero pix
 
 
 def resolve_uncond(source: str, variant: str) -> str:
-    """The uncond source that ``auto`` means for an adapter variant, or the one named."""
-    return UNCOND_BY_VARIANT[variant] if source == "auto" else source
+    """The uncond source that ``auto`` means for an adapter variant, or the one named.
+
+    "auto black" is ``auto`` with a black picture in place of zero pixels, which is what ComfyUI and Forge give.
+    """
+    if source not in ("auto", AUTO_BLACK):
+        return source
+    trained = UNCOND_BY_VARIANT[variant]
+    return "black picture" if source == AUTO_BLACK and trained == "zero pixels" else trained
 
 
 def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVision) -> Tensor:
@@ -191,6 +197,7 @@ def uncond_features(run: Runner, source: str, kind: AdapterKind, encoder: CLIPVi
     return encode(run, encoder, kind.output, [uncond_pixels(source, encoder.kind.image_size)])[0]
 
 
+AUTO_BLACK = "auto black"
 ZERO_EMBEDS = "zero embeds"
 """The uncond source that isn't a picture."""
 
@@ -214,7 +221,8 @@ def uncond_pixels(source: str, size: int) -> Tensor:
     if source == "black picture":
         return clip_preprocess(torch.zeros(1, size, size, 3), size)
     raise IPAdapterError(
-        f"The uncond source is {source!r}; it can be auto, zero pixels, zero embeds, black picture, none or file."
+        f"The uncond source is {source!r}; it can be auto, auto black, zero pixels, zero embeds, black picture, none "
+        "or file."
     )
 
 

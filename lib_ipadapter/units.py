@@ -27,6 +27,7 @@ from .checks import (
     shown,
 )
 from .errors import IPAdapterError
+from .presets import fields_of
 from .refs import NO_MASK, ImageRef, MaskRef, as_images
 
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ UNIT_SLOTS = 10
 """How many units one generation can have: the number of positions that the script offers for them."""
 
 FORMULATIONS = ("auto", "joint", "decoupled", "K+V", "K+V with penalty", "K+mean(V) with penalty")
-UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file")
+UNCONDS = ("auto", "zero pixels", "zero embeds", "black picture", "none", "file", "auto black")
 PREPARATIONS = ("crop", "squash", "pad")
 TIMINGS = ("noise", "steps")
 HIRES = ("same", "scaled", "off")
@@ -210,18 +211,21 @@ class Unit:
     def from_json(cls, source: str | Mapping[str, Any] | Unit) -> Unit:
         """Read a unit from its JSON text, or from the object that such a text holds.
 
-        Fields that are left out have their defaults. Raises :class:`IPAdapterError` for text that is no JSON
-        object, unknown fields, a version newer than :data:`SCHEMA_VERSION`, and whatever :class:`Unit` itself
-        refuses.
+        Fields that are left out have their defaults, or those of ``"preset"`` (see :mod:`.presets`). Raises
+        :class:`IPAdapterError` for text that is no JSON object, unknown fields, a version newer than
+        :data:`SCHEMA_VERSION`, and whatever :class:`Unit` itself refuses.
         """
         if isinstance(source, Unit):
             return source
         values = _parse_object(source) if isinstance(source, str) else source
         if not isinstance(values, Mapping):
             raise IPAdapterError(f"The unit is {shown(values)}; allowed is an object or its JSON text.")
-        refuse_unknown(values, ("version", *_FIELD_NAMES))
+        refuse_unknown(values, ("version", "preset", *_FIELD_NAMES))
         _check_version(values.get("version", SCHEMA_VERSION))
-        return cls(**{name: value for name, value in values.items() if name != "version"})
+        given = {name: value for name, value in values.items() if name not in ("version", "preset")}
+        if "preset" in values:
+            given = _with_preset(values["preset"], given)
+        return cls(**given)
 
     def to_json(self) -> str:
         """The unit as compact JSON: the version, and the fields that differ from their defaults."""
@@ -231,6 +235,14 @@ class Unit:
             if value != field.default:
                 values[field.name] = _as_json(value)
         return json.dumps(values, separators=(",", ":"), allow_nan=False)
+
+
+def _with_preset(name: object, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields with a preset's where they say nothing themselves."""
+    preset = dict(fields_of(name))
+    if given.get("uncond", preset["uncond"]) != preset["uncond"]:
+        preset.pop("negative", None)  # which only the preset's own source takes
+    return {**preset, **given}
 
 
 PICTURE_FIELDS = ("images", "negative_images")

@@ -511,6 +511,13 @@ def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]
     infotext = page.inner_text("#html_info_txt2img")
     assert given.mask.sha256 in infotext and "mixture: average" in infotext
 
+    # A preset sets gradio's controls too, and is told by the fields.
+    page.select_option(edited(page, "preset"), "like A1111 ControlNet")
+    has(page, "timing", "steps")
+    assert page.is_checked(f"{UNIT}preparation input[value=squash]")
+    page.click(f"{UNIT}timing label:has-text('noise')")
+    until(page, "(preset) => document.querySelector(preset).value === ''", edited(page, "preset"))
+
     # A mask of one picture alone.
     page.select_option(edited(page, "mask_mask_of"), label="picture 1")
     page.select_option(edited(page, "mask_where"), "top half")

@@ -10,7 +10,7 @@ import html
 import json
 from typing import Any
 
-from .. import layer_weights, masks, mixtures
+from .. import layer_weights, masks, mixtures, presets
 from ..checks import SHARE_RANGE, WEIGHT_RANGE
 from ..units import HIRES, HIRES_SCALE_RANGE, NOISES, PICTURES, Unit
 
@@ -75,7 +75,8 @@ def facts() -> dict[str, Any]:
         _number("Negative", "uncond_weight", "Uncond strength", WEIGHT_RANGE, "-5 to 5, times the strength."),
     ]
     return {
-        "sections": ["Layers", "Time", "Place", "Mixture", "Negative", "Saved"],
+        "sections": ["Layers", "Time", "Place", "Mixture", "Negative", "Saved", "Compatibility"],
+        "presets": {name: {"fields": each.fields, "differs": each.differs} for name, each in presets.PRESETS.items()},
         "fields": fields,
         "types": {
             name: {
