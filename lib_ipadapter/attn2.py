@@ -87,4 +87,9 @@ def make_replacement(
             return (replaced or attention)(q, k, v, heads)
         return plan.attend(layer, q, k, v, heads, attention, replaced)
 
-    return replacement
+    def watched(q: Tensor, k: Tensor, v: Tensor, extra_options: ExtraOptions) -> Tensor:
+        out = replacement(q, k, v, extra_options)
+        current.injection.see(layer, q, k, v, heads_of(extra_options))
+        return out
+
+    return replacement if current.injection.influence is None else watched

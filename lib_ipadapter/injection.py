@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from .balance import Counted, check_counts
 from .curves import ALWAYS, Curve
 from .errors import IPAdapterError
 from .formulations import Formulation
+from .influence import Influence, Seen, shares
 from .items import by_item
 from .layer_weights import Section
 from .masking import Masking
@@ -26,7 +28,7 @@ from .places import Items
 from .plan import ImageKV, LayeredPlan, Plan, make_plan
 from .progress import NOISE, STEPS, Progress, Window, known
 from .reweighing import Adjustable, Unweighed
-from .rows import Call
+from .rows import UNCOND, Call
 from .weighing import Prompts, Weighed, in_section
 
 
@@ -132,6 +134,10 @@ class Injection:
         self._copies: set[tuple[object, ...]] = set()
         """Keys of the plans that hold copies of K and V, and not views alone: these don't see a change."""
         self._is_masked = any(term.is_masked for term in self.terms)
+        self.influence: Influence | None = None
+        """Takes what each picture's share is in every layer; None: nobody asked, and nothing looks."""
+        self._now: tuple[Call, tuple[bool, ...]] | None = None
+        """The UNet call that is running and the terms that act in it, for that."""
         self.canvas: Canvas | None = None
         """What the pass draws; None: what its first UNet call has."""
 
@@ -176,6 +182,9 @@ class Injection:
         if self._varying:
             self._weigh(factors, device, dtype)
         self.acted = [done or acts for done, acts in zip(self.acted, active, strict=True)]
+        if self.influence is not None:
+            self.influence.begin()
+            self._now = call, active
         real = tuple(sorted(call.text_tokens.items())) if call.text_tokens else ()
         where = (call.latent, call.tiles) if self._is_masked else None
         key = (active, call.roles, call.items, text_tokens, real, where, device, dtype)
@@ -191,6 +200,71 @@ class Injection:
             if self._varying and not plan.memory <= self._memory():
                 self._copies.add(key)
         return plan
+
+    def see(self, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:
+        """Looks, for the influence map, at what pictures do on the first cond row in a layer.
+
+        Args:
+            layer: in the file's order.
+            q, k, v: projected, of the whole batch, ``[R, N, C]`` and twice ``[R, M, C]``, the text's.
+            heads: attention heads.
+        """
+        if self.influence is None or self._now is None:
+            return
+        call, active = self._now
+        row = next((n for n, role in enumerate(call.roles) if role != UNCOND), None)
+        if row is None:
+            return
+        text = (call.text_tokens or {}).get(call.roles[row], k.shape[1])
+        pictures = self._on_row(layer, row, q.shape[1], call, active, k.device, k.dtype)
+        if pictures:
+            self.influence.add(layer, shares(q[row], k[row, :text], v[row, :text], heads, pictures))
+
+    def _on_row(
+        self,
+        layer: int,
+        row: int,
+        queries: int,
+        call: Call,
+        active: Sequence[bool],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> list[Seen]:
+        """The pictures that act on a row in a layer."""
+        parts: list[tuple[int, int, Prompts]] = []  # term, the number of its first picture there, and what it has
+        for n, (term, prompts) in enumerate(zip(self.terms, self._prompts, strict=True)):
+            section = next((each for each in term.sections if layer in each.layers), None)
+            if active[n] and section is not None:
+                parts.append((n, section.picture or 0, in_section(prompts, section)))
+            elif active[n] and not term.sections:
+                parts.append((n, 0, prompts))
+        role = call.roles[row]
+        if any(self.terms[n].items is not None for n, _, _ in parts):
+            rows, given = by_item(call, [(self.terms[n].items, prompts) for n, _, prompts in parts])
+            role = rows.roles[row]
+            parts = [(n, first, prompts) for (n, first, _), prompts in zip(parts, given, strict=True)]
+        found = []
+        for n, first, prompts in parts:
+            images = prompts.get(role, ())
+            places = list(dict.fromkeys(image.where for image in images))
+            for number, image in enumerate(images, first):
+                factor = None
+                if image.where:
+                    masking = self._masking(call, device, dtype)
+                    factor = masking.factor(image.where, queries)[:, 0]
+                part = 1 / len(images) if self.terms[n].balance else 1.0
+                found.append(
+                    Seen(
+                        (n, number),
+                        image.keys[layer][0],
+                        image.values[layer][0],
+                        factor,
+                        part,
+                        self.terms[n].formulation.joins_softmax,
+                        places.index(image.where),
+                    )
+                )
+        return found
 
     def _make_plan(
         self, acting: Sequence[int], call: Call, text_tokens: int, device: torch.device, masking: Masking | None

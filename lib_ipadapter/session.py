@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import infotext, references, saved, tags
+from . import influence, infotext, references, saved, tags
 from .applies import facts
 from .errors import ERROR_KEY, IPAdapterError
 from .hosts.base import Host
 from .hosts.loaded import loaded_unet
+from .influence import Influence
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
@@ -54,7 +55,11 @@ class _Run:
     identity: object = None
     canvas: Canvas | None = None
     """What the running pass draws."""
+    latent: tuple[int, int] | None = None
+    """Rows and columns of its latent."""
     failed: bool = False
+    influence: Influence | None = None
+    """Of the last pass that drew the first picture of the job, if a unit asks for it."""
 
     @property
     def units(self) -> list[PreparedUnit]:
@@ -219,6 +224,7 @@ class Session:
                 self._host.detach(p)
                 return
             run.canvas = self._canvas(p, run, x)
+            run.latent = None if x is None else (int(x.shape[-2]), int(x.shape[-1]))
             self._attach(p, run)
             self._host.around_sampling(p, lambda: self._after_pass(p, run))
 
@@ -245,6 +251,8 @@ class Session:
     def finish(self, p: Any, processed: Any, show: bool, save: bool) -> None:
         """A job has its results: the first of them is shown and saved with the references, if that is wanted.
 
+        So is, where a unit asks for it, where each picture acted in the first.
+
         What goes wrong with that is said beside the results, which are there.
 
         Args:
@@ -258,6 +266,10 @@ class Session:
         number = min(processed.index_of_first_image, len(processed.images) - 1)
         result = processed.images[number]
         file = getattr(result, "already_saved_as", None)
+        if run.influence is not None:
+            for picture, words in influence.shown(run.influence, result):
+                processed.images.append(picture)
+                processed.infotexts.append(words)
         if not (show or (save and file)):
             return
         try:
@@ -365,6 +377,10 @@ class Session:
         run.injection.canvas = run.canvas
         if before is not None:
             run.injection.continue_from(before)
+        if run.latent is not None and run.batch.generation == 0 and any(each.unit.influence for each in run.units):
+            numbers = {id(each): number for number, each in enumerate(run.units, 1)}
+            names = [f"unit {numbers[id(each)]}" for each in run.acting]
+            run.influence = run.injection.influence = Influence(run.latent, names, info.keys)
         self._host.attach(p, run.injection)
 
     def _after_pass(self, p: Any, run: _Run) -> None:

@@ -69,7 +69,7 @@ class Unit:
     at that of one. ``negative_images`` stand in place of the ``uncond`` source, and so do the pictures themselves made
     unrecognisable by ``noise`` of ``noise_strength``, 0…1; both together are those pictures with the noise.
     ``uncond_weight`` multiplies the weight on the negative side. ``mask`` says where on the
-    canvas the unit acts.
+    canvas the unit acts. ``influence`` asks for a map of where each picture acted, see :mod:`.influence`.
 
     Numbers may also come as texts ("0.6"), which is how hosts hand over what an API caller sent so. Anything
     that isn't allowed raises :class:`IPAdapterError` with one sentence that names the field, the value and
@@ -102,9 +102,11 @@ class Unit:
     noise_strength: float = 1.0
     uncond_weight: float = 1.0
     mask: MaskRef = NO_MASK
+    influence: bool = False
 
     def __post_init__(self) -> None:
         require_bool("enabled", self.enabled)
+        require_bool("influence", self.influence)
         require_text("model", self.model)
         require_text("negative", self.negative)
         object.__setattr__(self, "images", as_images("images", self.images))

@@ -169,6 +169,7 @@ def test_the_defaults_are_the_schema_s() -> None:
         "noise_strength": 1.0,
         "uncond_weight": 1.0,
         "mask": dataclasses.asdict(NO_MASK),
+        "influence": False,
     }
     assert Unit.from_json("{}") == Unit.from_json({}) == Unit.from_json({"version": 1}) == Unit()
 

@@ -31,6 +31,7 @@ def plain_fields(draw: st.DrawFn, mixture: str, pictures: str) -> dict[str, Any]
         "hires": draw(st.sampled_from(HIRES)),
         "hires_scale": draw(st.floats(0, 5)),
         "nested": draw(st.booleans()),
+        "influence": draw(st.booleans()),
         "layers": layers,
         "composition_weight": draw(st.none() | weights),
     }

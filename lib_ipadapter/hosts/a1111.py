@@ -160,6 +160,8 @@ class _Hooks:
         unet: Any = info.identity
         self._handles = [unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)]
         for number, key in enumerate(info.keys):
+            if injection.influence is not None:
+                self._watch_layer(number, layers[key])
             self._hook_layer(number, layers[key])
 
     def begin_step(self, texts: Mapping[int, Tensor], executed: float | None = None, parts: Sequence[int] = ()) -> None:
@@ -226,6 +228,24 @@ class _Hooks:
         if self._plan is None:
             self._plan = self._injection.plan(self._call, text.shape[1], text.device, text.dtype)
         return self._plan.at(layer)
+
+    def _watch_layer(self, layer: int, attn2: Any) -> None:
+        """Shows the influence map what the layer projects, before anything of ours is in it."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def after(module: nn.Module, args: Any, out: Tensor) -> None:
+                seen[name] = out
+
+            return after
+
+        def before_out(module: nn.Module, args: tuple[Any, ...]) -> None:
+            q, k, v = (seen.pop(name) for name in "qkv")
+            self._injection.see(layer, q, k, v, attn2.heads)
+
+        for name in "qkv":
+            self._handles.append(getattr(attn2, f"to_{name}").register_forward_hook(keep(name)))
+        self._handles.append(attn2.to_out[0].register_forward_pre_hook(before_out))
 
     def _hook_layer(self, layer: int, attn2: Any) -> None:
         def after_q(module: nn.Module, args: Any, q: Tensor) -> None:

@@ -73,9 +73,12 @@ def facts() -> dict[str, Any]:
         _choice("Negative", "noise", "Noise", dict(zip(NOISES, _NOISE_HELP, strict=True))),
         _number("Negative", "noise_strength", "Noise strength", SHARE_RANGE, "0 to 1", {"noise": list(NOISES[1:])}),
         _number("Negative", "uncond_weight", "Uncond strength", WEIGHT_RANGE, "-5 to 5, times the strength."),
+        _switch(
+            "Influence", "influence", "Influence map", "Shows where each picture acted, beside the results; slower."
+        ),
     ]
     return {
-        "sections": ["Layers", "Time", "Place", "Mixture", "Negative", "Saved", "Compatibility"],
+        "sections": ["Layers", "Time", "Place", "Mixture", "Negative", "Influence", "Saved", "Compatibility"],
         "presets": {name: {"fields": each.fields, "differs": each.differs} for name, each in presets.PRESETS.items()},
         "fields": fields,
         "types": {
