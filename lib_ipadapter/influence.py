@@ -169,7 +169,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def overlay(result: Image.Image, share: Share, top: float) -> Image.Image:
     """The result in grey, with a picture's share over it from black over red and yellow to white at ``top``."""
     grid = Image.fromarray((share / max(top, 1e-12)).clip(0, 1).astype(np.float32))
-    heat = np.asarray(grid.resize(result.size, Image.Resampling.BICUBIC), dtype=np.float64).clip(0, 1)[..., None]
+    heat = np.asarray(grid.resize(result.size, Image.Resampling.BILINEAR), dtype=np.float64).clip(0, 1)[..., None]
     grey = np.asarray(result.convert("L"), dtype=np.float64)[..., None]
     colour = 255 * (3 * heat - np.array([0.0, 1.0, 2.0])).clip(0, 1)
     return Image.fromarray((0.4 * grey + 0.6 * colour).round().astype(np.uint8))

@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_ipadapter.curves import ALWAYS, parse
 from lib_ipadapter.formulations import DECOUPLED, JOINT, Formulation
 from lib_ipadapter.hosts.base import UNetInfo
 from lib_ipadapter.hosts.comfy import ComfyHost
 from lib_ipadapter.hosts.compute import on_device
+from lib_ipadapter.influence import Influence
 from lib_ipadapter.injection import Injection, Term
+from lib_ipadapter.layer_weights import ALL, on_unet
+from lib_ipadapter.masks import of_template
 from lib_ipadapter.packing import in_host_memory
 from lib_ipadapter.plan import Attention, ImageKV
 from lib_ipadapter.progress import Window
+from lib_ipadapter.reweighing import Unweighed
 from lib_ipadapter.rows import COND, UNCOND
-from lib_ipadapter.weighing import weigh
+from lib_ipadapter.weighing import Weighed, arrange, weigh
 from tests.adapter_files import Nested, base_adapter, plus_adapter
 from tests.embedded.attention import attention_function
 from tests.embedded.patcher import UnetPatcher
@@ -158,18 +163,39 @@ class Variants:
         formulation: Formulation = JOINT,
         window: Window = Window(),  # noqa: B008
         unequal: bool = False,
+        layers: str = ALL,
+        curve: str = "",
+        mask: str = "",
+        influence: bool = False,
     ) -> None:
-        """Ours, attached as a Forge does; ``unequal``: prompts of 154 and 77 tokens."""
+        """Ours, attached as a Forge does.
+
+        Args:
+            unequal: prompts of 154 and 77 tokens.
+            layers, curve: as a unit has them.
+            mask: a template's name, in every picture.
+            influence: whether the influence map is made.
+        """
         text = self._long if unequal else self._text
         images = [self._image() for _ in range(pictures + 1)]
 
         def make() -> Variant:
             prompts = {COND: tuple(images[1:]), UNCOND: (images[0],) * pictures}
             host = BenchHost(self.sampling.device, self.sampling.dtype)
-            weighed = weigh(prompts, formulation, WEIGHT, (), max(self.info.widths), host.first_role)
-            term = Term(formulation, window, weighed)
+            of_layers = on_unet(layers, self.info.keys, WEIGHT, None, pictures)
+            weighed: Weighed | Unweighed
+            if curve:
+                laid_out = arrange(prompts, (), host.first_role)
+                weighed = Unweighed(laid_out, formulation, WEIGHT, max(self.info.widths), of_layers)
+            else:
+                weighed = weigh(prompts, formulation, WEIGHT, (), max(self.info.widths), host.first_role, of_layers)
+            where = {role: ((of_template(mask),),) * pictures for role in prompts} if mask else {}
+            term = Term(formulation, window, weighed, parse(curve) if curve else ALWAYS, where=where)
             p = job(self.sampling.unet)
             injection = Injection([term], len(self.info.keys))
+            latent = (self.sampling.family.latent,) * 2
+            if influence:
+                injection.influence = Influence(latent, [name], self.info.keys)
             host.attach(p, injection)
 
             def before(sigma: Tensor) -> None:
@@ -271,6 +297,12 @@ def make_variants(sampling: Sampling, pictures: Sequence[int], peers: bool, judg
         made.add_ours(f"joint, {n}", n)
     made.add_ours("decoupled, 1", formulation=DECOUPLED)
     made.add_ours("outside the window", window=Window(0.99, 1.0))
+    if 1 in pictures:
+        made.add_ours("joint, 1, style layers", layers="style")
+        made.add_ours("joint, 1, new weight each step", curve="0.5@0, 1@1")
+        made.add_ours("joint, 1, left half", mask="left half")
+        made.add_ours("decoupled, 1, left half", formulation=DECOUPLED, mask="left half")
+        made.add_ours("joint, 1, influence map", influence=True)
     made.add_long_text()
     made.add_ours("joint, 1, 77/154", unequal=True)
     if peers:
