@@ -92,6 +92,8 @@ class Case:
     status: int = 200
     compare: bool = True
     """Whether the same request without units is drawn too, and must differ."""
+    maps: int = 0
+    """How many influence maps must stand behind the pictures."""
 
 
 def xyz_args(values: str, axis: str = "Seed", **others: Any) -> ScriptArgs:
@@ -148,6 +150,9 @@ def sd15_cases(webui: WebUI) -> list[Case]:
         Case("one picture per batch item", {"batch_size": 2}, units=(pair(pictures="one per batch item"),)),
         Case("average, noise as negative", units=(pair(mixture="average", noise="shuffle"),)),
         Case("mask, joint", units=(unit(mask="left half"),)),
+        Case("like Forge, by preset", units=(unit(preset="like Forge"),)),
+        Case("influence map, joint", {"batch_size": 2}, units=(unit(influence=True, mask="left half"),), maps=1),
+        Case("influence map, decoupled", units=(pair(formulation="decoupled", influence=True),), maps=2),
         Case("soft masks by picture, decoupled", {"batch_size": 2}, units=(halves(),)),
         Case(
             "mask, inpaint only masked",
@@ -332,6 +337,12 @@ def _judged(server: Server, case: Case, plain: Mapping[str, Any], keep: Path | N
     if without[0] != 200:
         return f"without the extension it answered {without[0]}: {_text(without[1])}"
     before, after = pixels(without[1]), pixels(answer)
+    texts = [text for text in json.loads(answer["info"])["infotexts"] if text]
+    if case.maps:
+        seen = [text for text in texts[-case.maps :] if text.startswith(f"{TITLE} influence of unit 1")]
+        if len(seen) != case.maps or any(picture.shape != after[0].shape for picture in after[-case.maps :]):
+            return f"of {case.maps} influence maps there are {len(seen)}"
+        texts, after = texts[: -case.maps], after[: -case.maps]
     if keep is not None:
         _keep(keep, case.name, before, after)
     if len(before) != len(after) or not after:
@@ -339,7 +350,6 @@ def _judged(server: Server, case: Case, plain: Mapping[str, Any], keep: Path | N
     unchanged = [n for n, (a, b) in enumerate(zip(before, after, strict=True)) if np.array_equal(a, b)]
     if unchanged:
         return f"the reference changed nothing in picture {unchanged[0]}"
-    texts = [text for text in json.loads(answer["info"])["infotexts"] if text]
     if not texts or not all(f"{TITLE} 1" in text for text in texts):
         return "a picture's parameters don't name the unit"
     if ERROR_KEY in answer["info"]:
