@@ -395,6 +395,7 @@
             const wanted = name.value.trim();
             const taken = savedOf(unit).saved.some((each) => each.name === wanted);
             if (taken && !confirm(`Save over ${wanted}?`)) return;
+            said.textContent = "Saving \u2026";  // the image encoder may have to be loaded
             askSaved(unit, { do: taken ? "replace" : "save", name: wanted, slot: Object.keys(current(unit)).includes("images") ? JSON.stringify(current(unit)) : "" });
         });
         const show = () => {
