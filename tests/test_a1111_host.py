@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -695,3 +696,34 @@ def test_a_call_beyond_the_step_has_one_row_for_each_item_or_is_refused(webui: S
     assert_all_close(again, attended_by_item(unet, (UNCOND, UNCOND), (0, 1), x[:2], texts[1]))
     with pytest.raises(IPAdapterError, match="which row belongs to which"):
         call_unet(unet, x[:3], torch.cat(texts)[:3])
+
+
+def test_what_needs_the_device_waits_for_a_checkpoint_that_is_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AUTOMATIC1111 loads the first one in a thread, in which torch's load_state_dict takes no ``assign``."""
+    loading, asked = threading.Lock(), threading.Event()
+
+    class Shared(ModuleType):
+        @property
+        def sd_model(self) -> object:
+            asked.set()
+            with loading:
+                return None
+
+    call_queue = ModuleType("modules.call_queue")
+    call_queue.queue_lock = threading.Lock()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modules", ModuleType("modules"))
+    monkeypatch.setitem(sys.modules, "modules.call_queue", call_queue)
+    monkeypatch.setitem(sys.modules, "modules.shared", Shared("modules.shared"))
+    entered = threading.Event()
+
+    def work() -> None:
+        with A1111Host().alone():
+            entered.set()
+
+    with loading:
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert asked.wait(10) and not entered.wait(0.1)
+    assert entered.wait(10)
+    thread.join()
+    assert call_queue.queue_lock.acquire(blocking=False)

@@ -7,8 +7,8 @@ formulation catches q behind ``to_q`` and adds its output before ``to_out[0]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -55,9 +55,14 @@ class A1111Host(ModelFolders):
             lowvram.send_everything_to_cpu()
         return on_device(module, device, dtype, function, devices.torch_gc)
 
-    def alone(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
         """See :class:`.base.Host`."""
-        return queue()
+        with queue():
+            # Its start loads the checkpoint in a thread that holds no queue, with torch's load_state_dict replaced by
+            # one that our modules can't be loaded with. Asking for the model waits for that.
+            _ = import_module("modules.shared").sd_model
+            yield
 
     # The UNet
 
