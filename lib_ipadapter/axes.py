@@ -17,7 +17,7 @@ from .layer_weights import TYPES
 from .masks import TEMPLATES
 from .pictures import read_picture
 from .refs import ImageRef
-from .units import FORMULATIONS, HIRES, MIXTURES, PREPARATIONS, TIMINGS, UNCONDS, Unit
+from .units import FORMULATIONS, HIRES, MIXTURES, NOISES, PICTURES, PREPARATIONS, TIMINGS, UNCONDS, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,6 +69,21 @@ class _Number:
             ) from None
 
 
+SWITCH = ("off", "on")
+
+
+def _switch(label: str) -> Callable[[object], bool]:
+    """The type of an axis of on and off."""
+
+    def read(value: object) -> bool:
+        text = str(value).strip().lower()
+        if text not in SWITCH:
+            raise IPAdapterError(f"The axis {label} has the value {value!r:.60}; allowed are off and on.")
+        return text == "on"
+
+    return read
+
+
 @dataclass(frozen=True)
 class _Kind:
     """One row of the table: what can be varied."""
@@ -96,6 +111,15 @@ _KINDS = (
     _Kind("layers", "layers", tuple(TYPES)),
     _Kind("mixture", "mixture", MIXTURES),
     _Kind("mask", "mask", tuple(TEMPLATES)),
+    _Kind("composition weight", "composition_weight", number=True),
+    _Kind("hires curve", "hires_curve"),
+    _Kind("hires scale", "hires_scale", number=True),
+    _Kind("inside jobs", "nested", SWITCH),
+    _Kind("pictures", "pictures", PICTURES),
+    _Kind("balance", "balance", SWITCH),
+    _Kind("noise", "noise", NOISES),
+    _Kind("noise strength", "noise_strength", number=True),
+    _Kind("uncond weight", "uncond_weight", number=True),
 )
 
 
@@ -141,7 +165,11 @@ def make(
                 overridden(_arguments(p, title), {(number, kind.field): value}, picture_reader(p), before=True)
 
         listed = models if kind.field == "model" else (lambda: list(kind.choices)) if kind.choices else None
-        made = _Number(label) if kind.number else str
+        made: Callable[[Any], Any] = str
+        if kind.number:
+            made = _Number(label)
+        elif kind.choices == SWITCH:
+            made = _switch(label)
         return Axis(label, made, apply, confirm, _shown, kind.cost, listed)
 
     return [axis(number, kind) for number in NUMBERS for kind in _KINDS]
@@ -234,5 +262,7 @@ def _shown(_: Any, axis: Any, value: Any) -> str:
     """The label of a cell's row or column."""
     if isinstance(value, float):
         return f"{axis.label}: {round(value, 8):g}"
+    if isinstance(value, bool):
+        return f"{axis.label}: {SWITCH[value]}"
     text = value[:10] if _HASH.fullmatch(value) else Path(value).name
     return f"{axis.label}: {text}"

@@ -28,7 +28,8 @@ LABELS = [
     for unit in ("", " 2")
     for field in (
         *("model", "image", "weight", "start", "stop", "formulation", "uncond", "preparation", "timing"),
-        *("curve", "hires", "layers", "mixture", "mask"),
+        *("curve", "hires", "layers", "mixture", "mask", "composition weight", "hires curve", "hires scale"),
+        *("inside jobs", "pictures", "balance", "noise", "noise strength", "uncond weight"),
     )
 ]
 
@@ -73,6 +74,10 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("preparation", "squash, pad", [{"preparation": "squash"}, {"preparation": "pad"}]),
     ("mixture", "average, add", [{"mixture": "average"}, {"mixture": "add"}]),
     ("mask", "left half, centre", [{"mask": "left half"}, {"mask": "centre"}]),
+    ("balance", "off, on", [{}, {"balance": True}]),
+    ("noise", "none, fade", [{}, {"noise": "fade"}]),
+    ("uncond weight", "0.5, 1", [{"uncond_weight": 0.5}, {}]),
+    ("pictures", "together, one per generation", [{}, {"pictures": "one per generation"}]),
     (
         "model",
         "demo-plus-sd15.safetensors, demo-base-sd15.safetensors",
@@ -86,7 +91,7 @@ CELLS: list[tuple[str, str, list[dict[str, Any]]]] = [
 def test_a_cell_is_what_its_unit_draws_alone(
     xyz_host: Host, field: str, values: str, cells: list[dict[str, Any]]
 ) -> None:
-    photos = ("astronaut", "coffee") if field == "image" else ("coffee",)
+    photos = ("astronaut", "coffee") if field in ("image", "balance", "pictures") else ("coffee",)
     asked = unit("plus", photos=photos)
     pictures = drawn(xyz_host, grid(f"[IP-Adapter] {field}", values, asked))
     assert pictures == [drawn(xyz_host, request(asked | cell))[0] for cell in cells]
@@ -153,6 +158,7 @@ def test_cells_share_what_is_encoded(xyz_host: Host, monkeypatch: pytest.MonkeyP
         ("[IP-Adapter 2] weight", "0.5", [unit()], ["unit 2, which is off"]),
         ("[IP-Adapter] weight", "0.5", [unit(enabled=False), unit()], ["unit 1, which is off"]),
         ("[IP-Adapter] curve", "1@0; 1@2", [unit()], ["at character 8", "from 0 to 1"]),
+        ("[IP-Adapter] balance", "on, maybe", [unit()], ["[IP-Adapter] balance", "maybe", "off and on"]),
         ("[IP-Adapter] weight", "0.5", [], ["IP-Adapter is switched off"]),
     ],
 )

@@ -455,7 +455,7 @@ def drag(page: Any, selector: str, *way: tuple[float, float]) -> None:
     page.mouse.up()
 
 
-def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]) -> None:
+def test_editors_write_the_unit_and_show_what_it_has(page: Any, browser: Any, host: Running, files: list[str]) -> None:
     page.click(f"{UNIT}advanced .label-wrap")
     page.click(f"{UNIT}editors summary")
     page.select_option(edited(page, "layers"), "style")  # before there is a picture, too
@@ -507,9 +507,17 @@ def test_editors_write_the_unit_and_show_what_it_has(page: Any, files: list[str]
     has(page, "nested", False)
     given = Unit.from_json(slot(page))
     assert given.mask.sha256 and given.negative_images and not given.nested
-    generate(page)
+    made = generate(page)
     infotext = page.inner_text("#html_info_txt2img")
     assert given.mask.sha256 in infotext and "mixture: average" in infotext
+    with opened(browser, host) as fresh:
+        paste(fresh, infotext)
+        pictures(fresh, 1)
+        assert Unit.from_json(slot(fresh)) == given
+        assert pixels(start(fresh)) == pixels(made)
+        fresh.click(f"{UNIT}editors summary")
+        assert fresh.input_value(edited(fresh, "mixture")) == "average"
+        assert fresh.input_value(edited(fresh, "mask_where")) == "picture"
 
     # A preset sets gradio's controls too, and is told by the fields.
     page.select_option(edited(page, "preset"), "like A1111 ControlNet")

@@ -25,7 +25,7 @@ AXES: Mapping[str, tuple[str, list[dict[str, Any]]]] = {
     "[IP-Adapter] image": ("1, 2", [{"images": [PHOTOGRAPH]}, {"images": [half_mask()]}]),
 }
 """Values of an axis, and what each makes of the unit."""
-LISTED = 2 * 14
+LISTED = 2 * 23
 """Axes of two units."""
 WRONG: Mapping[str, tuple[str, str]] = {
     "[IP-Adapter] weight": ("0.3, 7", "from -5 to 5"),
