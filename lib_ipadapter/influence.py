@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .layer_weights import groups
 from .layers import LayerKey
-from .masks import grids
+from .masks import WHOLE, Region, grids
 
 Share = NDArray[np.float64]
 Key = tuple[int, int]
@@ -98,11 +98,13 @@ class Influence:
         latent: rows and columns of what the pass draws.
         names: of each of the injection's terms, its unit.
         keys: the UNet's layers.
+        region: which part of the result the pass draws.
     """
 
     latent: tuple[int, int]
     names: Sequence[str]
     keys: Sequence[LayerKey]
+    region: Region = WHOLE
     _steps: int = 0
     _sums: dict[tuple[Key, int], Tensor] = field(default_factory=dict)
     """By picture and number of queries."""
@@ -166,10 +168,16 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
-def overlay(result: Image.Image, share: Share, top: float) -> Image.Image:
+def overlay(result: Image.Image, share: Share, top: float, region: Region = WHOLE) -> Image.Image:
     """The result in grey, with a picture's share over it from black over red and yellow to white at ``top``."""
+    width, height = result.size
+    edges = (region.left * width, region.top * height, region.right * width, region.bottom * height)
+    left, upper, right, bottom = map(round, edges)
     grid = Image.fromarray((share / max(top, 1e-12)).clip(0, 1).astype(np.float32))
-    heat = np.asarray(grid.resize(result.size, Image.Resampling.BILINEAR), dtype=np.float64).clip(0, 1)[..., None]
+    there = grid.resize((max(1, right - left), max(1, bottom - upper)), Image.Resampling.BILINEAR)
+    whole = Image.new("F", result.size)
+    whole.paste(there, (left, upper))
+    heat = np.asarray(whole, dtype=np.float64)[..., None]
     grey = np.asarray(result.convert("L"), dtype=np.float64)[..., None]
     colour = 255 * (3 * heat - np.array([0.0, 1.0, 2.0])).clip(0, 1)
     return Image.fromarray((0.4 * grey + 0.6 * colour).round().astype(np.uint8))
@@ -180,6 +188,9 @@ def shown(influence: Influence, result: Image.Image) -> list[tuple[Image.Image, 
     maps, tables = influence.maps(), influence.tables()
     top = max((float(share.max()) for share in maps.values()), default=0.0)
     return [
-        (overlay(result, share, top), f"IP-Adapter influence of {name}, white is {top:.3f}: {json.dumps(tables[name])}")
+        (
+            overlay(result, share, top, influence.region),
+            f"IP-Adapter influence of {name}, white is {top:.3f}: {json.dumps(tables[name])}",
+        )
         for name, share in maps.items()
     ]

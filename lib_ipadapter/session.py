@@ -22,7 +22,7 @@ from .influence import Influence
 from .injection import Injection
 from .kept import DEFAULT_GB, limit_bytes
 from .library import Library
-from .masks import Canvas
+from .masks import WHOLE, Canvas
 from .places import Batch, check_batch
 from .preparer import PreparedUnit, Preparer, check_fit
 from .progress import NOISE, Window
@@ -380,7 +380,9 @@ class Session:
         if run.latent is not None and run.batch.generation == 0 and any(each.unit.influence for each in run.units):
             numbers = {id(each): number for number, each in enumerate(run.units, 1)}
             names = [f"unit {numbers[id(each)]}" for each in run.acting]
-            run.influence = run.injection.influence = Influence(run.latent, names, info.keys)
+            # A hires pass draws all of its result, whatever it has cut off the first pass's.
+            region = WHOLE if run.batch.hires else self._host.region(p)
+            run.influence = run.injection.influence = Influence(run.latent, names, info.keys, region)
         self._host.attach(p, run.injection)
 
     def _after_pass(self, p: Any, run: _Run) -> None:

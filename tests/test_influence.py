@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lib_ipadapter.attn2 import CurrentPlan, make_replacement
 from lib_ipadapter.influence import Influence, Seen, overlay, shares
 from lib_ipadapter.injection import Injection
 from lib_ipadapter.layers import SD15
+from lib_ipadapter.masks import Region
 from lib_ipadapter.plan import scaled_dot_product
 from lib_ipadapter.rows import COND, Call
 from tests.embedded import Host
@@ -105,6 +107,12 @@ def test_maps_and_tables_are_means_over_layers_and_steps() -> None:
     assert by_group[6] == 0.5 and by_group[1] is None  # the file's last layer is the middle, the seventh group
     assert tables["unit 1"]["by step"] == [pytest.approx((half + 0.5) / 2, abs=1e-4), pytest.approx(half, abs=1e-4)]
     assert tables["unit 3"]["by step"] == [pytest.approx(half / 2, abs=1e-4), None]
+
+
+def test_the_map_of_a_part_lies_where_the_part_is() -> None:
+    result = Image.new("RGB", (40, 20))
+    drawn = np.asarray(overlay(result, np.ones((4, 4)), 1.0, Region(0.5, -0.5, 1.0, 0.5)))
+    assert drawn[:10, 20:].min() == 153 and not drawn[:, :20].any() and not drawn[10:].any()
 
 
 def units(form: str, **fields: Any) -> dict[str, Any]:
