@@ -282,3 +282,37 @@ def test_the_strip_shows_its_thumbnail(host: Host, client: Client, folder: Path)
     (picture,) = live._preparer.pictures(units.Unit.from_json(saved_unit("one")))
     assert picture.size == (128, 128)
     assert difference(picture, Image.new("RGB", picture.size)) > 10
+
+
+def test_the_page_lists_saves_and_deletes_but_not_for_strangers(
+    host: Host, client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: Any = importlib.import_module("sd_image_prompt.ui.handlers")
+    store: Any = importlib.import_module("sd_image_prompt.references").default
+    live: Any = importlib.import_module("sd_image_prompt").live_session
+
+    def page(**wish: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(handlers.saved_references(json.dumps(wish), live.save_reference))
+        return answer
+
+    slot = json.dumps(unit("plus"))
+    assert "ipa:one:1" in page(do="save", name="one", slot=slot)["note"]
+    assert "there already" in page(do="save", name="one", slot=slot)["note"]
+    assert "Saved" in page(do="replace", name="one", slot=slot)["note"]
+    assert "has no picture" in page(do="save", name="two", slot="")["note"]
+    (listed,) = page(do="list")["saved"]
+    assert listed["name"] == "one" and listed["uri"].startswith("data:image/png")
+    (shown,) = json.loads(handlers.preview(json.dumps([{"saved": "one"}]), "crop"))
+    assert shown["uri"] == listed["uri"]
+
+    rules = store.rules()
+    monkeypatch.setattr(store, "rules", lambda: Rules(rules.folder, rules.limit_bytes, guarded=True))
+    for wish in ({"do": "list"}, {"do": "delete", "name": "one"}, {"do": "replace", "name": "one", "slot": slot}):
+        answer = page(**wish)
+        assert answer["saved"] == [] and "neither listed nor shown" in answer["note"]
+    (shown,) = json.loads(handlers.preview(json.dumps([{"saved": "one"}]), "crop"))
+    assert "uri" not in shown and "neither listed nor shown" in shown["problem"]
+    monkeypatch.setattr(store, "rules", lambda: rules)
+
+    assert "is deleted" in page(do="delete", name="one")["note"] and page(do="list")["saved"] == []
+    assert "named &quot;one&quot;" in page(do="delete", name="one")["note"]

@@ -67,7 +67,7 @@ def preview(listed: str | None, preparation: str) -> str:
         try:
             ref = ImageRef.from_json(entry)
             if ref.saved:
-                asked["uri"] = _png_uri(saved.default.thumbnail(ref.saved))
+                asked["uri"] = _png_uri(_thumbnail(ref.saved))
             else:
                 picture = references.get(ref.sha256) if ref.sha256 else pictures.read_picture(ref.data)
                 asked["uri"] = _png_uri(pictures.prepare(picture, preparation, crop=ref.crop))
@@ -75,6 +75,15 @@ def preview(listed: str | None, preparation: str) -> str:
             asked["problem"] = str(error)
         answers.append(asked)
     return json.dumps(answers)
+
+
+_UNLISTED = "Where strangers may reach the WebUI, saved references are used by name and neither listed nor shown."
+
+
+def _thumbnail(name: str) -> Image:
+    if references.default.rules().guarded:
+        raise IPAdapterError(_UNLISTED)
+    return saved.default.thumbnail(name)
 
 
 def saved_references(wish: str | None, save: Callable[[Unit, object, bool], object]) -> str:
@@ -87,11 +96,14 @@ def saved_references(wish: str | None, save: Callable[[Unit, object, bool], obje
 
     Returns:
         JSON with ``saved`` (see :meth:`.saved.SavedReferences.listing`, each with a ``uri`` of its thumbnail where it
-        can be read) and ``note``, HTML.
+        can be read) and ``note``, HTML. Where strangers may reach the WebUI nothing is listed, replaced or deleted.
     """
     asked = json.loads(wish) if wish else {"do": "list"}
-    said = ""
+    guarded = references.default.rules().guarded
+    said = remark(_UNLISTED) if guarded else ""
     try:
+        if guarded and asked["do"] in ("replace", "delete"):
+            raise IPAdapterError(f"{_UNLISTED} Nor are they replaced or deleted: the owner does that.")
         if asked["do"] in ("save", "replace"):
             if not asked["slot"]:
                 raise IPAdapterError("The unit has no picture: give it one to save.")
@@ -103,10 +115,10 @@ def saved_references(wish: str | None, save: Callable[[Unit, object, bool], obje
             said = remark(f'"{asked["name"]}" is deleted.')
     except IPAdapterError as error:
         said = note(str(error))
-    listed = saved.default.listing()
+    listed = [] if guarded else saved.default.listing()
     for entry in listed:
         with suppress(IPAdapterError):
-            entry["uri"] = _png_uri(saved.default.thumbnail(entry["name"]))
+            entry["uri"] = _png_uri(_thumbnail(entry["name"]))
     return json.dumps({"saved": listed, "note": said, "answer": uuid.uuid4().hex})
 
 
