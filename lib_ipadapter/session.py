@@ -377,7 +377,8 @@ class Session:
         run.injection.canvas = run.canvas
         if before is not None:
             run.injection.continue_from(before)
-        if run.latent is not None and run.batch.generation == 0 and any(each.unit.influence for each in run.units):
+        asked = any(each.unit.influence for each in run.units) and not self._host.is_nested(p)
+        if asked and run.latent is not None and run.batch.generation == 0:
             numbers = {id(each): number for number, each in enumerate(run.units, 1)}
             names = [f"unit {numbers[id(each)]}" for each in run.acting]
             # A hires pass draws all of its result, whatever it has cut off the first pass's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lib_ipadapter.rows import COND, Call
 from tests.embedded import Host
 from tests.embedded.client import Client
 from tests.embedded_hosts import TITLE, request, unit
+from tests.test_generation import host_with_nested_jobs
 
 HEADS, QUERIES, TEXT, TOKENS, WIDTH = 2, 6, 7, 4, 8
 
@@ -187,3 +189,19 @@ def test_layers_are_watched_only_if_asked() -> None:
         current = CurrentPlan(injection, lambda _: None, lambda *_: Call((COND,), 0.5), 0)
         made.append(make_replacement(0, current, scaled_dot_product, None))
     assert [each.__name__ for each in made] == ["replacement", "watched"]
+
+
+def test_jobs_inside_the_job_make_no_map(host_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = host_with_nested_jobs(host_of, tmp_path, "p.script_args")
+    session: Any = importlib.import_module("sd_image_prompt.session")
+    made: list[tuple[Any, ...]] = []
+    original = session.Influence
+
+    def watched(*args: Any) -> Any:
+        made.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(session, "Influence", watched)
+    shown = host.txt2img(**request(unit("plus", influence=True)))
+    assert {call.depth for call in host.unet_calls} == {0, 1}
+    assert len(made) == 1 and len(shown.images) == 2 and not host.errors
