@@ -60,6 +60,9 @@ class Session:
     def applies(self, name):
         return {"needs": {}, "values": {}, "files": {"negative": []}}
 
+    def save_reference(self, unit, name, replace=False):
+        self._called("save_reference", unit, name, replace)
+
     def negatives(self):
         return []
 
