@@ -38,7 +38,7 @@ PRESETS: Mapping[str, Preset] = {
             "negative": FOOOCUS_NEGATIVE,
             "timing": "noise",
         },
-        f"nothing, with its file {FOOOCUS_NEGATIVE} in a model folder; it has plus adapters alone",
+        f"its Lanczos filter; it needs its file {FOOOCUS_NEGATIVE} in a model folder, and has plus adapters alone",
     ),
     "like ComfyUI": Preset(
         {"formulation": "decoupled", "preparation": "crop", "uncond": "auto black", "timing": "noise"},
@@ -46,7 +46,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "like A1111 ControlNet": Preset(
         {"formulation": "decoupled", "preparation": "squash", "uncond": "auto", "timing": "steps"},
-        "plus adapters' negative side is a file inside that extension; of several pictures it averages image tokens",
+        "its area filter; plus adapters' negative side is a file inside it; of several pictures it averages image tokens",
     ),
     "like diffusers": Preset(
         {"formulation": "decoupled", "preparation": "crop", "uncond": "auto", "timing": "noise"},
