@@ -46,7 +46,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "like A1111 ControlNet": Preset(
         {"formulation": "decoupled", "preparation": "squash", "uncond": "auto", "timing": "steps"},
-        "its area filter; plus adapters' negative side is a file inside it; of several pictures it averages image tokens",
+        "its area filter; plus' negative side is a file inside it; of several pictures it averages image tokens",
     ),
     "like diffusers": Preset(
         {"formulation": "decoupled", "preparation": "crop", "uncond": "auto", "timing": "noise"},
