@@ -96,7 +96,7 @@ class Influence:
 
     Attributes:
         latent: rows and columns of what the pass draws.
-        names: of each of the injection's terms, its unit.
+        names: of each of the injection's terms, its unit; '' where no map of it is wanted.
         keys: the UNet's layers.
         region: which part of the result the pass draws.
     """
@@ -130,7 +130,7 @@ class Influence:
         made = {}
         for key in self._means:
             sizes = sorted((n for each, n in self._sums if each == key and n in shapes), reverse=True)
-            if not sizes:  # an extension changes sizes inside the UNet
+            if not sizes or not self.names[key[0]]:  # an extension may change sizes inside the UNet
                 continue
             height, width = shapes[sizes[0]]
             whole = np.zeros((height, width))

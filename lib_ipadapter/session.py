@@ -380,7 +380,7 @@ class Session:
         asked = any(each.unit.influence for each in run.units) and not self._host.is_nested(p)
         if asked and run.latent is not None and run.batch.generation == 0:
             numbers = {id(each): number for number, each in enumerate(run.units, 1)}
-            names = [f"unit {numbers[id(each)]}" for each in run.acting]
+            names = [f"unit {numbers[id(each)]}" if each.unit.influence else "" for each in run.acting]
             # A hires pass draws all of its result, whatever it has cut off the first pass's.
             region = WHOLE if run.batch.hires else self._host.region(p)
             run.influence = run.injection.influence = Influence(run.latent, names, info.keys, region)

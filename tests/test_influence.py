@@ -205,3 +205,8 @@ def test_jobs_inside_the_job_make_no_map(host_of: Any, tmp_path: Path, monkeypat
     shown = host.txt2img(**request(unit("plus", influence=True)))
     assert {call.depth for call in host.unet_calls} == {0, 1}
     assert len(made) == 1 and len(shown.images) == 2 and not host.errors
+
+
+def test_only_units_that_ask_are_shown(host: Host) -> None:
+    shown = host.txt2img(**request(unit("base"), unit("plus", influence=True)))
+    assert len(shown.images) == 2 and shown.infotexts[-1].startswith("IP-Adapter influence of unit 2, white")

@@ -315,8 +315,8 @@ def _build_unit(
 def _connect_saved(files: FileLists, elem_id: Callable[[str], str]) -> None:
     """The editors ask for the saved references, and to save and delete them."""
     wish, told = _hidden("Saved wanted", elem_id("saved_wanted")), _hidden("Saved", elem_id("saved"))
-    read = partial(handlers.saved_references, save=files.save_reference)
-    wish.change(fn=lambda text: read(text), inputs=[wish], outputs=[told], **_QUIET)
+    read = lambda text: handlers.saved_references(text, files.save_reference)  # noqa: E731
+    wish.change(fn=read, inputs=[wish], outputs=[told], **_QUIET)
     script = f"(text) => ipAdapter.savedTold({json.dumps(elem_id('saved'))}, text)"
     told.change(fn=None, inputs=[told], outputs=[], **_QUIET, **{_JS: script})
 
